@@ -1,0 +1,215 @@
+"""Every way the library can fail, under one base.
+
+No message, argument or attribute of these errors holds plaintext, ciphertext, a key, a token or the text of a
+KMS's answer. They are raised outside of ``except`` blocks, so that neither ``__cause__`` nor ``__context__`` leads to
+an error of a codec or an SDK that does hold them.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.exc import DontWrapMixin
+
+
+class KravnCryptoError(DontWrapMixin, Exception):
+    """Base of every error of this library; never raised itself.
+
+    SQLAlchemy wraps what a type raises while it binds parameters into a ``StatementError`` that prints the whole row in
+    plaintext. ``DontWrapMixin`` keeps it from doing so.
+    """
+
+
+# --- Something to put right in the program or its environment -------------------------------------------------------
+
+
+class ConfigurationError(KravnCryptoError):
+    """The program or its environment is set up wrongly."""
+
+
+class SettingsError(ConfigurationError):
+    """A setting is missing, misspelt, malformed or too weak."""
+
+
+class MissingExtraError(ConfigurationError):
+    """The configured provider needs packages that an extra of this distribution brings."""
+
+
+class ColumnError(ConfigurationError):
+    """An encrypted column is declared in a way that would store plaintext or unreadable values."""
+
+
+class NotConfiguredError(ConfigurationError):
+    """An encrypted column was used before ``configure(engine)``."""
+
+
+class AlreadyConfiguredError(ConfigurationError):
+    """``configure`` was called with another key store or other settings than the process already uses."""
+
+
+class SecretFileError(ConfigurationError):
+    """``secret.key`` is missing, malformed or open to other users."""
+
+
+# --- A value ---------------------------------------------------------------------------------------------------------
+
+
+class EncryptionError(KravnCryptoError):
+    """A value cannot be encrypted."""
+
+
+class UnstorableValueError(EncryptionError):
+    """A value would not come back equal, so it is not stored.
+
+    :ivar path: where in the value the trouble is, such as ``$.a[3].b``.
+    :ivar type_name: the name of the Python type found there.
+    """
+
+    def __init__(self, message: str = "", *, path: str = "$", type_name: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.type_name = type_name
+
+
+class DecryptionError(KravnCryptoError):
+    """A stored value cannot be decrypted."""
+
+
+class MalformedCiphertextError(DecryptionError):
+    """The stored value is not a frame: plaintext, truncated, or of another program."""
+
+
+class UnsupportedAlgorithmError(DecryptionError):
+    """The frame names an algorithm that this release does not know."""
+
+
+class UnknownKeyError(DecryptionError):
+    """The frame names a data key that the keyring does not hold.
+
+    :ivar key_id: the key id in the frame, 16 lower-case hexadecimal characters.
+    """
+
+    def __init__(self, message: str = "", *, key_id: str = "") -> None:
+        super().__init__(message)
+        self.key_id = key_id
+
+
+class WrongColumnError(DecryptionError):
+    """The value was written for a column of another name."""
+
+
+class AuthenticationError(DecryptionError):
+    """The value is not what was written: altered, or moved from where it was written."""
+
+
+class MalformedPayloadError(DecryptionError):
+    """The value decrypts, but its payload is of another kind than the column's type writes."""
+
+
+# --- The KMS ---------------------------------------------------------------------------------------------------------
+
+
+class ProviderError(KravnCryptoError):
+    """The KMS did not do what was asked.
+
+    :ivar provider: the provider's name, such as ``vault``.
+    """
+
+    def __init__(self, message: str = "", *, provider: str = "") -> None:
+        super().__init__(message)
+        self.provider = provider
+
+
+class ProviderUnavailableError(ProviderError):
+    """The KMS could not be reached, did not answer in time, or answered that it cannot serve now."""
+
+
+class ProviderSealedError(ProviderUnavailableError):
+    """The KMS answers, but is sealed or not initialised."""
+
+
+class ProviderDeniedError(ProviderError):
+    """The KMS refused the credentials, or they lack the right that was needed."""
+
+
+class MasterKeyNotFoundError(ProviderError):
+    """The KMS has no such master key, or no such mount, namespace or vault."""
+
+
+class MasterKeyUnusableError(ProviderError):
+    """The master key, or the version of it that wrapped the data key, may no longer be used."""
+
+
+class UnwrapRefusedError(ProviderError):
+    """The KMS refused to unwrap: the wrapped key is not under this master key, or was bound to something else."""
+
+
+class ProviderResponseError(ProviderError):
+    """The KMS answered with what its protocol does not allow: a redirect, too much, or the wrong shape."""
+
+
+# --- The key store ---------------------------------------------------------------------------------------------------
+
+
+class KeyStoreError(KravnCryptoError):
+    """The rows of ``kms_keys`` do not allow the process to start."""
+
+
+class TableMissingError(KeyStoreError):
+    """The database has no ``kms_keys`` table."""
+
+
+class UnsupportedDatabaseError(KeyStoreError):
+    """The database is one whose row locks this release does not know."""
+
+
+class KeyStoreLockedError(KeyStoreError):
+    """Another process has held the lock on the key store for longer than the bound on the wait."""
+
+
+class NotProvisionedError(KeyStoreError):
+    """The key store holds no data key yet, and this process may not or cannot make one."""
+
+
+class ExistingDataError(KeyStoreError):
+    """The key store is empty, but an encrypted column already holds values under a key that is not there."""
+
+
+class MalformedRowError(KeyStoreError):
+    """A row of ``kms_keys`` is not one that this library writes."""
+
+
+class RowAuthenticationError(KeyStoreError):
+    """A row of ``kms_keys`` was written by somebody who does not hold the MAC key."""
+
+
+class UnpinnedKeyError(KeyStoreError):
+    """``KRAVN_KMS_PINNED_KEYS`` does not name a data key that the key store holds.
+
+    :ivar key_id: the key id that is not pinned.
+    """
+
+    def __init__(self, message: str = "", *, key_id: str = "") -> None:
+        super().__init__(message)
+        self.key_id = key_id
+
+
+class WrongKeyError(KeyStoreError):
+    """The KMS returned 32 bytes that are not the data key that was wrapped.
+
+    :ivar key_id: the key id of the data key that was expected.
+    """
+
+    def __init__(self, message: str = "", *, key_id: str = "") -> None:
+        super().__init__(message)
+        self.key_id = key_id
+
+
+class BootstrapKeyError(KeyStoreError):
+    """The bootstrap key is another than the one on record, or is missing."""
+
+
+class ProviderMismatchError(KeyStoreError):
+    """The data keys are wrapped by another provider or master key than the settings name."""
+
+
+class DeploymentMismatchError(KeyStoreError):
+    """The key store belongs to another deployment than the settings name."""
