@@ -1,0 +1,142 @@
+"""The frame: one encrypted value as it lies in the database. The only file that knows byte offsets.
+
+.. code-block:: text
+
+    offset length
+    0      1       0xF9   magic and version; a byte that UTF-8 never contains, so no text parses as a frame
+    1      1       alg    0x02 XAES-256-GCM; every other value is refused
+    2      8       key id
+    10     2       name hint: the first 2 bytes of SHA-256(name)
+    12     24      nonce
+    36     n       ciphertext
+    36+n   16      tag
+
+The associated data of a value are ``frame[0:12] || LP(name)``.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import Error as Base64Error
+from hashlib import sha256
+from typing import Final, NamedTuple
+
+from .derivation import KEY_ID_SIZE, length_prefixed
+from .exceptions import MalformedCiphertextError, UnsupportedAlgorithmError
+
+MAGIC: Final = 0xF9
+ALGORITHM: Final = 0x02
+HINT_SIZE: Final = 2
+NONCE_SIZE: Final = 24
+TAG_SIZE: Final = 16
+
+_KEY_ID: Final = slice(2, 2 + KEY_ID_SIZE)
+_HINT: Final = slice(_KEY_ID.stop, _KEY_ID.stop + HINT_SIZE)
+_HEADER: Final = slice(0, _HINT.stop)
+_NONCE: Final = slice(_HEADER.stop, _HEADER.stop + NONCE_SIZE)
+_BODY: Final = slice(_NONCE.stop, None)
+_START: Final = bytes([MAGIC, ALGORITHM])
+
+MIN_FRAME_SIZE: Final = _BODY.start + TAG_SIZE
+"""Length in bytes of the frame of an empty payload."""
+
+TEXT_PREFIX: Final = "enc:v3:"
+"""What every value in text storage begins with."""
+
+
+class ColumnName:
+    """The name that a column's values are bound to.
+
+    :param name: ``Table.name + "." + Column.name`` as declared, or what the user pinned.
+    """
+
+    __slots__ = ("_suffix", "hint", "name")
+
+    def __init__(self, name: str) -> None:
+        encoded = name.encode()
+        self.name = name
+        self.hint = sha256(encoded).digest()[:HINT_SIZE]
+        self._suffix = length_prefixed(encoded)
+
+    def associated_data(self, header: bytes) -> bytes:
+        """Return what is authenticated with a value but not stored in it a second time."""
+        return header + self._suffix
+
+    def __repr__(self) -> str:
+        return f"ColumnName({self.name!r})"
+
+
+class Frame(NamedTuple):
+    """The parts of a parsed frame."""
+
+    header: bytes
+    key_id: bytes
+    hint: bytes
+    nonce: bytes
+    body: bytes
+    """Ciphertext and tag."""
+
+
+def pack_header(key_id: bytes, hint: bytes) -> bytes:
+    """Return the first 12 bytes of every frame under one data key and for one column name."""
+    return _START + key_id + hint
+
+
+def pack(header: bytes, nonce: bytes, body: bytes) -> bytes:
+    """Return the frame of one value."""
+    return header + nonce + body
+
+
+def parse(frame: bytes) -> Frame:
+    """Take a frame apart, with every check that needs no key.
+
+    :raises MalformedCiphertextError: if it is not a frame.
+    :raises UnsupportedAlgorithmError: if it is one of an algorithm that this release does not know.
+    """
+    if frame[:2] != _START:
+        if frame[:1] != _START[:1]:
+            raise MalformedCiphertextError(
+                "The stored value is not encrypted by this library: it does not begin as a frame does. It may be "
+                "plaintext, or have been written by another program."
+            )
+        if len(frame) > 1:
+            raise UnsupportedAlgorithmError(
+                f"The stored value is encrypted with algorithm {frame[1]:#04x}, which this release does not know. "
+                "Upgrade to the release that wrote it."
+            )
+    if len(frame) < MIN_FRAME_SIZE:
+        raise MalformedCiphertextError(
+            f"The stored value is truncated: {len(frame)} bytes, where a frame has at least {MIN_FRAME_SIZE}."
+        )
+    return Frame(frame[_HEADER], frame[_KEY_ID], frame[_HINT], frame[_NONCE], frame[_BODY])
+
+
+def to_text(frame: bytes) -> str:
+    """Return a frame as it is kept in text storage: a prefix and unpadded base64url.
+
+    The 12 bytes of the header are exactly 16 characters, so that a database can select by key id with a prefix.
+    """
+    return TEXT_PREFIX + urlsafe_b64encode(frame).rstrip(b"=").decode("ascii")
+
+
+def from_text(text: str) -> bytes:
+    """Return the frame of a value in text storage.
+
+    Python's decoder skips foreign characters and accepts several spellings of one value. Only the spelling that
+    :func:`to_text` gives is accepted here, so that no value has two.
+
+    :raises MalformedCiphertextError: if the text is anything else.
+    """
+    frame = b""
+    if text.startswith(TEXT_PREFIX):
+        encoded = text[len(TEXT_PREFIX) :]
+        try:
+            frame = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+        except (Base64Error, ValueError):
+            frame = b""
+    if not frame or to_text(frame) != text:
+        raise MalformedCiphertextError(
+            "The stored value is not encrypted by this library: it is not "
+            f"{TEXT_PREFIX!r} and canonical unpadded base64url. It may be plaintext, or have been altered."
+        )
+    return frame

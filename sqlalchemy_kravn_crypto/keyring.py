@@ -1,0 +1,136 @@
+"""Data keys by key id: one primary encrypts, all decrypt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from hmac import compare_digest
+from typing import NoReturn
+
+from .aead import Xaes256Gcm
+from .ciphertext import NONCE_SIZE, ColumnName, pack, pack_header, parse
+from .derivation import KEY_SIZE, expand, key_id_of
+from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
+
+
+class DataKey:
+    """A data key, ready for use. It does not keep the key itself, and cannot be printed, pickled or copied.
+
+    :param key: 32 uniformly random bytes.
+    """
+
+    __slots__ = ("_aead", "_check", "key_id")
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_SIZE:
+            msg = f"a data key has {KEY_SIZE} bytes"
+            raise ValueError(msg)
+        self.key_id = key_id_of(key)
+        self._check = expand(key, "key-check")
+        self._aead = Xaes256Gcm(expand(key, "aead/02"))
+
+    @classmethod
+    def generate(cls) -> DataKey:
+        """Make a data key that exists in this process only; for tests."""
+        return cls(os.urandom(KEY_SIZE))
+
+    @property
+    def check(self) -> bytes:
+        """32 bytes that only this key gives: the key check of its row in the key store."""
+        return self._check
+
+    def matches(self, check: bytes) -> bool:
+        """Tell in constant time whether this is the key that the key check was made from."""
+        return compare_digest(self._check, check)
+
+    def encrypt(self, nonce: bytes, payload: bytes, name: ColumnName) -> bytes:
+        """Return the frame of a payload. Deterministic; :meth:`Keyring.encrypt` draws the nonce."""
+        header = pack_header(self.key_id, name.hint)
+        return pack(header, nonce, self._aead.encrypt(nonce, payload, name.associated_data(header)))
+
+    def decrypt(self, nonce: bytes, body: bytes, associated_data: bytes) -> bytes | None:
+        """Return the payload, or ``None`` if anything is not as it was written."""
+        return self._aead.decrypt(nonce, body, associated_data)
+
+    def __repr__(self) -> str:
+        return f"<DataKey {self.key_id.hex()}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a data key cannot be pickled or copied"
+        raise TypeError(msg)
+
+
+class Keyring:
+    """A process's data keys. Immutable, so that threads share it without a lock; cannot be pickled or copied.
+
+    :param primary: the data key that encrypts.
+    :param others: data keys that only decrypt.
+    """
+
+    __slots__ = ("_keys", "_primary")
+
+    def __init__(self, primary: DataKey, others: Iterable[DataKey] = ()) -> None:
+        self._primary = primary
+        self._keys = {key.key_id: key for key in (*others, primary)}
+
+    @property
+    def primary_key_id(self) -> str:
+        """The key id of the primary, 16 hexadecimal characters."""
+        return self._primary.key_id.hex()
+
+    @property
+    def key_ids(self) -> frozenset[str]:
+        """The key ids of all data keys, 16 hexadecimal characters each."""
+        return frozenset(key_id.hex() for key_id in self._keys)
+
+    def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
+        """Return the frame of a payload under the primary, with a fresh random nonce.
+
+        The nonce comes from the operating system for every single value: a counter or a buffer would repeat after
+        ``fork`` and after a virtual machine is restored from a snapshot.
+        """
+        return self._primary.encrypt(os.urandom(NONCE_SIZE), payload, name)
+
+    def decrypt(self, frame: bytes, name: ColumnName) -> bytes:
+        """Return the payload of a frame.
+
+        One key is chosen by key id and one name by hint; nothing is ever tried out.
+
+        :raises MalformedCiphertextError: if it is not a frame.
+        :raises UnsupportedAlgorithmError: if its algorithm is not known.
+        :raises UnknownKeyError: if the keyring does not hold its data key.
+        :raises WrongColumnError: if it was written for a column of another name.
+        :raises AuthenticationError: if it is not what was written.
+        """
+        header, key_id, hint, nonce, body = parse(frame)
+        key = self._keys.get(key_id)
+        if key is None:
+            raise UnknownKeyError(
+                f"A value of column {name.name!r} is encrypted under data key {key_id.hex()}, which this process does "
+                "not hold. If the key was introduced by another process since this one started, restart this one; "
+                "`kravn-crypto status` lists the keys on record.",
+                key_id=key_id.hex(),
+            )
+        if hint != name.hint:
+            raise WrongColumnError(
+                f"A value of column {name.name!r} was written for a column of another name. If the column or its table "
+                "was renamed, pin the earlier name with associated_data='table.column'; otherwise the value was moved."
+            )
+        payload = key.decrypt(nonce, body, name.associated_data(header))
+        if payload is None:
+            raise AuthenticationError(
+                f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another "
+                "column."
+            )
+        return payload
+
+    def is_stale(self, frame: bytes) -> bool:
+        """Tell whether a frame is under another data key than the primary. Needs no decryption."""
+        return parse(frame).key_id != self._primary.key_id
+
+    def __repr__(self) -> str:
+        return f"<Keyring primary={self.primary_key_id} keys={len(self._keys)}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a keyring cannot be pickled or copied"
+        raise TypeError(msg)
