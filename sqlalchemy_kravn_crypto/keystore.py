@@ -1,0 +1,489 @@
+"""The key store: the rows of ``kms_keys`` into a keyring, and the first rows into ``kms_keys``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from cryptography.hazmat.primitives.constant_time import bytes_eq
+from sqlalchemy import Connection, Engine
+
+from .bootstrap import BootstrapSecret
+from .ciphertext import parse
+from .columns import EncryptedColumn
+from .derivation import KEY_SIZE, key_id_of, length_prefixed
+from .exceptions import (
+    BootstrapKeyError,
+    DecryptionError,
+    DeploymentMismatchError,
+    ExistingDataError,
+    MalformedRowError,
+    NotProvisionedError,
+    ProviderDeniedError,
+    ProviderMismatchError,
+    ProviderResponseError,
+    RowAuthenticationError,
+    UnpinnedKeyError,
+    UnwrapRefusedError,
+    WrongKeyError,
+)
+from .keyring import DataKey, Keyring
+from .providers.base import Deadline, KeyProvider, WrappedKey, run_within
+from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, to_base64, write_rows
+from .schema import CONTROL_ROW_ID, State
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NO_PROVIDER: Final = "none"
+"""The provider of the bootstrap key."""
+
+_MAC_KEYRING: Final = "row-mac"  # takes the keyring's place in the binding of a wrapped MAC key
+_WRAP_DOMAIN: Final = b"sqlalchemy-kravn-crypto/wrap/v1"
+_LIVE: Final = (State.PENDING, State.PRIMARY, State.RETIRED)
+
+
+class Blocking(Protocol):
+    """Runs a function that blocks, off the event loop where there is one."""
+
+    def __call__(self, function: Callable[[], T], /) -> T:
+        """Run it and return its result."""
+
+
+def run_here(function: Callable[[], T], /) -> T:
+    """Run a function right here: the :class:`Blocking` of a program without an event loop."""
+    return function()
+
+
+def binding(keyring: str, deployment_id: str, key_id: bytes) -> bytes:
+    """Return what a wrapped key is bound to in the KMS."""
+    return length_prefixed(_WRAP_DOMAIN, keyring.encode(), deployment_id.encode(), key_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyStore:
+    """How one process opens the key store of its deployment.
+
+    :param provider: the configured KMS; ``None`` is mode ``none``.
+    :param secret: ``KRAVN_SECRET``.
+    :param secret_file: where ``secret.key`` is, or would be.
+    :param deployment_id: what the control row must say, where the operator pins it.
+    :param pinned: the key ids that may be loaded, where the operator pins them.
+    :param timeout: bound on one whole KMS operation, in seconds.
+    :param may_provision: whether this process may write to the key store.
+    """
+
+    provider: KeyProvider | None
+    secret: str | None = field(repr=False)
+    secret_file: Path
+    deployment_id: str | None = None
+    pinned: frozenset[str] = frozenset()
+    timeout: float = 10.0
+    may_provision: bool = True
+
+    @property
+    def provider_name(self) -> str:
+        """The configured provider's name."""
+        return self.provider.name if self.provider else NO_PROVIDER
+
+    def open(self, engine: Engine, columns: Iterable[EncryptedColumn] = (), *, blocking: Blocking = run_here) -> Opened:
+        """Return the keyring, after provisioning the key store where that is still to be done.
+
+        Where everything is provisioned it only reads: one query, no lock, and one KMS call for each live data key.
+
+        :param columns: the encrypted columns to look at before an empty key store is filled.
+        :param blocking: what runs the KMS calls and the stretching of the secret.
+        :raises KeyStoreError: if the rows do not allow the process to start.
+        :raises ProviderError: if the KMS does not.
+        """
+        with connect(engine) as connection:
+            rows = read_rows(connection)
+        # Only after the rows: a secret.key that they speak of was there before they were.
+        secret = blocking(self._bootstrap_secret)
+        if not self._provisioned(rows):
+            if not self.may_provision:
+                raise NotProvisionedError(
+                    f"The key store holds no data key of provider {self.provider_name!r} yet, and this process is not "
+                    "to make one (KRAVN_KMS_PROVISION=never, or a command that only looks). Run `kravn-crypto "
+                    "provision`."
+                )
+            rows = self.provision(engine, columns, secret=secret, blocking=blocking)
+            secret = secret or BootstrapSecret.from_file(self.secret_file)
+        return self._load(rows, secret, blocking)
+
+    def provision(  # noqa: PLR0913 - the last three are for the first boot and for the command line
+        self,
+        engine: Engine,
+        columns: Iterable[EncryptedColumn] = (),
+        *,
+        secret: BootstrapSecret | None = None,
+        blocking: Blocking = run_here,
+        look_for_data: bool = True,
+        pin_later: bool = False,
+    ) -> StoredRows:
+        """Make the first data key of the configured provider, unless another process has done so, and return all rows.
+
+        The lock is held meanwhile, so that however many processes start at once, one of them wraps.
+
+        :param look_for_data: whether an encrypted column that already holds values stops it.
+        :param pin_later: whether rows that nothing authenticates may be written, for the operator to pin.
+        """
+        secret = secret or blocking(self._bootstrap_secret)
+        # Whoever waits outlasts one holder whose KMS does not answer: wrap, unwrap, and unwrap under a wrong binding.
+        wait = 4 * self.timeout
+        with locked(engine, self.deployment_id or str(uuid.uuid4()), wait) as connection:
+            before = read_rows(connection)
+            if self._provisioned(before):
+                return before
+            if before.keys:
+                self._check_before_adoption(before, secret, blocking)
+            elif look_for_data:
+                _refuse_existing_data(connection, columns, secret)
+            after = self._with_first_key(before, secret, blocking, pin_later=pin_later)
+            write_rows(connection, before, after)
+            connection.commit()
+        for row in after.keys:
+            if row not in before.keys:
+                logger.info("data key %s of provider %s is now %s", row.key_id, row.provider, row.state.value)
+        return after
+
+    # --- What is there -----------------------------------------------------------------------------------------------
+
+    def _bootstrap_secret(self) -> BootstrapSecret | None:
+        if self.secret is not None:
+            return BootstrapSecret.from_secret(self.secret)
+        return BootstrapSecret.from_file(self.secret_file)
+
+    def _provisioned(self, rows: StoredRows) -> bool:
+        """Tell whether there is nothing to make: in mode ``none`` any key at all serves, else one of a KMS."""
+        return any(self.provider is None or row.provider != NO_PROVIDER for row in rows.keys)
+
+    def _load(self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking) -> Opened:
+        deadline = Deadline(self.timeout)
+        live = self._checked(rows, secret, deadline, blocking)
+        control = _control(rows)
+        wrapped = [row for row in live if row.provider != NO_PROVIDER]
+        keys: dict[int, DataKey] = {}
+        if wrapped and self.provider is not None:
+            provider = self.provider
+            calls = [_unwrap_call(provider, row, control.required("deployment_id"), deadline) for row in wrapped]
+            unwrapped = blocking(lambda: run_within(deadline, provider.name, calls))
+            keys = {row.id: _checked_key(row, key) for row, key in zip(wrapped, unwrapped, strict=True)}
+        for row in live:
+            if row.id not in keys and secret is not None:
+                keys[row.id] = DataKey(secret.data_key)
+        primary = next((row for row in live if row.state is State.PRIMARY), None)
+        if primary is None:
+            raise MalformedRowError("No data key in kms_keys is primary. Restore the table from a backup.")
+        others = [keys[row.id] for row in live if row is not primary]
+        return Opened(Keyring(keys[primary.id], others), control.required("deployment_id"))
+
+    def _checked(
+        self, rows: StoredRows, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
+    ) -> list[KeyRow]:
+        """Return the rows of the data keys to load, after every check that can be made before they are unwrapped."""
+        control = _control(rows)
+        self._check_deployment(control)
+        live = [row for row in rows.keys if row.state in _LIVE]
+        if self.provider is None:
+            # Until the first data key of a KMS is promoted, mode `none` still boots, without that key.
+            live = [row for row in live if not (row.state is State.PENDING and row.provider != NO_PROVIDER)]
+        self._check_providers(live)
+        self._check_bootstrap_key(rows, secret)
+        self._authenticate(rows, secret, deadline, blocking)
+        return self._pinned_only(live)
+
+    def _check_deployment(self, control: KeyRow) -> None:
+        recorded = control.required("deployment_id")
+        if self.deployment_id is not None and self.deployment_id != recorded:
+            raise DeploymentMismatchError(
+                f"The key store belongs to deployment {recorded}, but KRAVN_DEPLOYMENT_ID is {self.deployment_id}. If "
+                "this database is a clone, give it a key store of its own; otherwise correct the setting."
+            )
+
+    def _check_providers(self, live: Sequence[KeyRow]) -> None:
+        for row in live:
+            if row.provider == NO_PROVIDER:
+                continue
+            if self.provider is None:
+                raise ProviderMismatchError(
+                    f"The data keys are wrapped by {row.provider!r}, but KRAVN_KMS_PROVIDER is 'none'. There is no way "
+                    f"back to mode none by a setting: set KRAVN_KMS_PROVIDER={row.provider} again."
+                )
+            if row.provider != self.provider.name or not self.provider.recognises(row.required("master_key")):
+                raise ProviderMismatchError(
+                    f"Data key {row.key_id} is wrapped by {row.provider!r} under master key {row.master_key!r}, but "
+                    f"the settings name {self.provider.name!r} and {self.provider.master_key!r}. Moving to another KMS "
+                    "or master key is a deliberate act, not a setting: set the recorded one again."
+                )
+
+    def _check_bootstrap_key(self, rows: StoredRows, secret: BootstrapSecret | None) -> None:
+        row = next((row for row in rows.keys if row.provider == NO_PROVIDER and row.state in _LIVE), None)
+        if row is None:
+            return
+        recorded = "KRAVN_SECRET" if row.master_key == "secret" else "secret.key"
+        if secret is None:
+            raise BootstrapKeyError(
+                f"The bootstrap key is missing: it came from {recorded}, but KRAVN_SECRET is not set and there is no "
+                f"{self.secret_file}. Values written before a KMS was adopted need it; bring it back."
+            )
+        key = DataKey(secret.data_key)
+        if key.key_id.hex() != row.key_id or not key.matches(row.decoded("key_check")):
+            present = "KRAVN_SECRET" if secret.source == "secret" else str(self.secret_file)
+            raise BootstrapKeyError(
+                f"The bootstrap key is another than the one on record: that one came from {recorded}, this process has "
+                f"one from {present}. All processes need the same; with it set, nothing is lost."
+            )
+
+    def _authenticate(
+        self, rows: StoredRows, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
+    ) -> None:
+        mac_key = self._mac_key(_control(rows), secret, deadline, blocking)
+        if mac_key is not None:
+            mac_key.verify(rows)
+        elif not self.pinned:
+            raise RowAuthenticationError(
+                "Nothing tells whether the rows of kms_keys are genuine: this process has no KRAVN_SECRET, and its KMS "
+                "does not authenticate who wrapped a key. Set KRAVN_SECRET, or name the key ids in "
+                "KRAVN_KMS_PINNED_KEYS."
+            )
+
+    def _mac_key(
+        self, control: KeyRow, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
+    ) -> MacKey | None:
+        if control.wrapped_key is None:
+            return None if secret is None else MacKey(secret.mac_key)
+        provider = self.provider
+        if (
+            provider is None
+            or control.provider != provider.name
+            # A wrapped MAC key from a KMS that authenticates nothing may be anybody's.
+            or not provider.authenticates
+            or not provider.recognises(control.required("master_key"))
+        ):
+            raise ProviderMismatchError(
+                f"The key that authenticates kms_keys is wrapped by {control.provider!r} under {control.master_key!r}, "
+                f"but the settings name {self.provider_name!r}. Set the recorded KMS again."
+            )
+        unwrap = _unwrap_call(provider, control, control.required("deployment_id"), deadline)
+        key = blocking(lambda: run_within(deadline, provider.name, [unwrap]))[0]
+        if len(key) != KEY_SIZE or key_id_of(key).hex() != control.key_check:
+            raise WrongKeyError(
+                f"The {provider.name} KMS returned another MAC key than was wrapped. Was the master key deleted and "
+                "made anew?"
+            )
+        return MacKey(key)
+
+    def _pinned_only(self, live: Sequence[KeyRow]) -> list[KeyRow]:
+        if not self.pinned:
+            return list(live)
+        loaded = []
+        for row in live:
+            # The bootstrap key comes from this process's own secret, so nobody can plant it.
+            if row.provider == NO_PROVIDER or row.key_id in self.pinned:
+                loaded.append(row)
+            elif row.state is State.PENDING:
+                logger.warning("pending data key %s is not in KRAVN_KMS_PINNED_KEYS and was left out", row.key_id)
+            else:
+                raise UnpinnedKeyError(
+                    f"Data key {row.key_id} is {row.state.value}, but KRAVN_KMS_PINNED_KEYS does not name it. If you "
+                    "made it, "
+                    "add it there; if not, find out who writes to kms_keys.",
+                    key_id=row.key_id or "",
+                )
+        return loaded
+
+    # --- What is made ------------------------------------------------------------------------------------------------
+
+    def _check_before_adoption(self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking) -> None:
+        """Refuse to build on rows that a boot would refuse: signing them again would make them genuine."""
+        self._checked(rows, secret, Deadline(self.timeout), blocking)
+
+    def _with_first_key(
+        self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking, *, pin_later: bool
+    ) -> StoredRows:
+        control = _control(rows)
+        self._check_deployment(control)
+        keys = [row.in_state(State.RETIRED) if row.state is State.PRIMARY else row for row in rows.keys]
+        if self.provider is None:
+            # Only now is it certain that no other machine has made one, since its row would be here.
+            secret = secret or BootstrapSecret.create_file(self.secret_file)
+        else:
+            control = self._with_mac_key(control, secret, blocking, pin_later=pin_later)
+        if secret is not None and not any(row.provider == NO_PROVIDER for row in keys):
+            keys.append(_bootstrap_row(_next_id(keys), secret))
+        if self.provider is not None:
+            keys.append(self._new_key_row(self.provider, _next_id(keys), control, blocking))
+        keys[-1] = keys[-1].in_state(State.PRIMARY)
+        made = StoredRows(replace(control, epoch=(control.epoch or 0) + 1), tuple(keys))
+        mac_key = self._mac_key(control, secret, Deadline(self.timeout), blocking)
+        return made if mac_key is None else mac_key.sign(made)
+
+    def _with_mac_key(
+        self, control: KeyRow, secret: BootstrapSecret | None, blocking: Blocking, *, pin_later: bool
+    ) -> KeyRow:
+        """Return the control row with a MAC key that the KMS wraps, where there is no secret to derive one from."""
+        provider = self.provider
+        if provider is None or secret is not None or control.wrapped_key is not None:
+            return control
+        if provider.authenticates:
+            key = os.urandom(KEY_SIZE)
+            wrapped = self._wrapped(provider, key, _MAC_KEYRING, control, blocking)
+            return replace(
+                control,
+                provider=provider.name,
+                master_key=wrapped.master_key,
+                wrapped_key=to_base64(wrapped.blob),
+                key_check=key_id_of(key).hex(),
+            )
+        if pin_later:
+            return control
+        raise NotProvisionedError(
+            f"The {provider.name} KMS does not authenticate who wrapped a key, so without more, whoever can write "
+            "kms_keys could plant one of their own. Set KRAVN_SECRET; or run `kravn-crypto provision` and name the key "
+            "id that it prints in KRAVN_KMS_PINNED_KEYS."
+        )
+
+    def _new_key_row(self, provider: KeyProvider, row_id: int, control: KeyRow, blocking: Blocking) -> KeyRow:
+        key = os.urandom(KEY_SIZE)
+        data_key = DataKey(key)
+        wrapped = self._wrapped(provider, key, KEYRING, control, blocking)
+        return KeyRow(
+            id=row_id,
+            keyring=KEYRING,
+            key_id=data_key.key_id.hex(),
+            state=State.PENDING,
+            provider=provider.name,
+            master_key=wrapped.master_key,
+            wrapped_key=to_base64(wrapped.blob),
+            key_check=to_base64(data_key.check),
+        )
+
+    def _wrapped(
+        self, provider: KeyProvider, key: bytes, keyring: str, control: KeyRow, blocking: Blocking
+    ) -> WrappedKey:
+        """Wrap, and see that it unwraps to the same, and under another binding to nothing."""
+        deployment_id, key_id = control.required("deployment_id"), key_id_of(key)
+        bound = binding(keyring, deployment_id, key_id)
+
+        def within(operation: Callable[[Deadline], T]) -> T:
+            deadline = Deadline(self.timeout)
+            return blocking(lambda: run_within(deadline, provider.name, [lambda: operation(deadline)]))[0]
+
+        wrapped = within(lambda deadline: provider.wrap(key, bound, deadline))
+        if not bytes_eq(within(lambda deadline: provider.unwrap(wrapped, bound, deadline)), key):
+            raise WrongKeyError(
+                f"The {provider.name} KMS unwrapped the new data key to something else. It was not stored; check that "
+                "the "
+                "address is really that of your KMS.",
+                key_id=key_id.hex(),
+            )
+        if provider.binds:
+            other = binding(keyring, str(uuid.uuid4()), key_id)
+            if within(lambda deadline: _unwraps(provider, wrapped, other, deadline)):
+                raise ProviderResponseError(
+                    f"The {provider.name} KMS unwraps a data key under another binding than it wrapped it under. Use a "
+                    "master "
+                    "key of an authenticated type that takes associated data (Transit: aes256-gcm96).",
+                    provider=provider.name,
+                )
+        return wrapped
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What opening the key store gives."""
+
+    keyring: Keyring
+    deployment_id: str
+
+
+def _control(rows: StoredRows) -> KeyRow:
+    if rows.control is None:
+        raise MalformedRowError("kms_keys has no control row. Restore the table from a backup.")
+    return rows.control
+
+
+def _next_id(keys: Sequence[KeyRow]) -> int:
+    return max((row.id for row in keys), default=CONTROL_ROW_ID) + 1
+
+
+def _bootstrap_row(row_id: int, secret: BootstrapSecret) -> KeyRow:
+    key = DataKey(secret.data_key)
+    return KeyRow(
+        id=row_id,
+        keyring=KEYRING,
+        key_id=key.key_id.hex(),
+        state=State.RETIRED,
+        provider=NO_PROVIDER,
+        master_key=secret.source,
+        key_check=to_base64(key.check),
+    )
+
+
+def _unwrap_call(provider: KeyProvider, row: KeyRow, deployment_id: str, deadline: Deadline) -> Callable[[], bytes]:
+    wrapped = WrappedKey(row.required("master_key"), row.decoded("wrapped_key"))
+    if row.state is State.CONTROL:
+        bound = binding(_MAC_KEYRING, deployment_id, _key_id(row, "key_check"))
+    else:
+        bound = binding(row.required("keyring"), deployment_id, _key_id(row, "key_id"))
+    return lambda: provider.unwrap(wrapped, bound, deadline)
+
+
+def _key_id(row: KeyRow, column: str) -> bytes:
+    try:
+        return bytes.fromhex(row.required(column))
+    except ValueError:
+        pass
+    raise MalformedRowError(
+        f"Row {row.id} of kms_keys has a {column} that is no key id. Restore the table from a backup."
+    )
+
+
+def _checked_key(row: KeyRow, key: bytes) -> DataKey:
+    data_key = DataKey(key) if len(key) == KEY_SIZE else None
+    if data_key is None or data_key.key_id.hex() != row.key_id or not data_key.matches(row.decoded("key_check")):
+        raise WrongKeyError(
+            f"The {row.provider} KMS returned another key than the data key {row.key_id} that was wrapped. Was the "
+            "master key "
+            "deleted and made anew, or is this another KMS of the same address? Restore the master key.",
+            key_id=row.key_id or "",
+        )
+    return data_key
+
+
+def _unwraps(provider: KeyProvider, wrapped: WrappedKey, bound: bytes, deadline: Deadline) -> bool:
+    try:
+        provider.unwrap(wrapped, bound, deadline)
+    except (UnwrapRefusedError, ProviderDeniedError):  # a policy that pins the associated data denies all other
+        return False
+    return True
+
+
+def _refuse_existing_data(
+    connection: Connection, columns: Iterable[EncryptedColumn], secret: BootstrapSecret | None
+) -> None:
+    """Refuse to fill an empty key store over values under a key that is lost: a fresh key would hide the loss."""
+    bootstrap_key_id = None if secret is None else DataKey(secret.data_key).key_id
+    for column in columns:
+        key_id = None
+        try:
+            frame = column.first_frame(connection)
+            if frame is None:
+                continue
+            key_id = parse(frame).key_id
+        except DecryptionError:
+            key_id = None
+        if key_id is None or key_id != bootstrap_key_id:
+            under = f"under data key {key_id.hex()}" if key_id else "that are not encrypted by this library"
+            raise ExistingDataError(
+                f"The key store is empty, but {column.label} holds values {under}. Restore kms_keys from the backup "
+                "that belongs to the data (and KRAVN_SECRET with it). Only if those values may be lost: empty the "
+                "column, or run `kravn-crypto provision --new-database`."
+            )

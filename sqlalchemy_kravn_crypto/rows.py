@@ -1,0 +1,342 @@
+"""The rows of ``kms_keys``: reading and writing them, what authenticates them, and the lock."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.constant_time import bytes_eq
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
+from sqlalchemy import Connection, Engine, func, insert, inspect, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from .derivation import KEY_ID_SIZE, key_id_of, length_prefixed
+from .exceptions import (
+    KeyStoreLockedError,
+    MalformedRowError,
+    RowAuthenticationError,
+    TableMissingError,
+    UnsupportedDatabaseError,
+)
+from .schema import CONTROL_ROW_ID, TABLES, State
+
+KEYRING: Final = "default"
+"""The name of the one keyring of a process."""
+
+_KEYS: Final = TABLES.keys
+_NULL: Final = b"\xff\xff\xff\xff"  # no length that LP can write, so NULL is not mistaken for an empty string
+
+# How each driver says that a lock was not to be had in time: SQLSTATE 55P03, SQLITE_BUSY, ER_LOCK_WAIT_TIMEOUT.
+_POSTGRESQL_LOCK_NOT_AVAILABLE: Final = "55P03"
+_SQLITE_BUSY: Final = 5
+_MYSQL_LOCK_WAIT_TIMEOUT: Final = 1205
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRow:
+    """One row of ``kms_keys``; the fields are its columns, in their order."""
+
+    id: int
+    keyring: str | None = None
+    key_id: str | None = None
+    state: State
+    primary_of: str | None = None
+    epoch: int | None = None
+    deployment_id: str | None = None
+    provider: str | None = None
+    master_key: str | None = None
+    wrapped_key: str | None = field(default=None, repr=False)
+    standby_provider: str | None = None
+    standby_master_key: str | None = None
+    standby_wrapped_key: str | None = field(default=None, repr=False)
+    key_check: str | None = field(default=None, repr=False)
+    closing: str | None = None
+    row_mac: str | None = field(default=None, repr=False)
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    def in_state(self, state: State) -> KeyRow:
+        """Return this key's row in another state."""
+        return replace(self, state=state, primary_of=self.keyring if state is State.PRIMARY else None)
+
+    def required(self, column: str) -> str:
+        """Return the text of a column that must not be NULL in this row.
+
+        :raises MalformedRowError: if it is.
+        """
+        value = getattr(self, column)
+        if not isinstance(value, str) or not value:
+            raise MalformedRowError(f"Row {self.id} of kms_keys has no {column}. Restore the table from a backup.")
+        return value
+
+    def decoded(self, column: str) -> bytes:
+        """Return the bytes of a base64 column that must not be NULL in this row.
+
+        :raises MalformedRowError: if it is, or is not canonical base64.
+        """
+        decoded = b""
+        encoded = self.required(column)
+        try:
+            decoded = b64decode(encoded, validate=True)
+        except (Base64Error, ValueError):
+            decoded = b""
+        if not decoded or to_base64(decoded) != encoded:
+            raise MalformedRowError(
+                f"Row {self.id} of kms_keys has a {column} that is not canonical base64. Restore the table from a "
+                "backup."
+            )
+        return decoded
+
+
+_AUTHENTICATED: Final = tuple(
+    row_field.name for row_field in fields(KeyRow) if row_field.name not in {"row_mac", "created_at", "updated_at"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """What ``kms_keys`` holds."""
+
+    control: KeyRow | None
+    keys: tuple[KeyRow, ...]
+
+
+def to_base64(value: bytes) -> str:
+    """Encode bytes as every base64 column holds them: with padding, without line breaks."""
+    return b64encode(value).decode("ascii")
+
+
+# --- What authenticates them ----------------------------------------------------------------------------------------
+
+
+class MacKey:
+    """The key of the row MACs; cannot be printed.
+
+    A row's MAC is ``MAC-key id || HMAC-SHA256`` over the LP of every column but itself and the timestamps; NULL is four
+    bytes 0xFF. The control row's also covers the MACs of all other rows, so that none can be left out or put back.
+    """
+
+    __slots__ = ("_key", "key_id")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.key_id = key_id_of(key)
+
+    def sign(self, rows: StoredRows) -> StoredRows:
+        """Return the rows with their MACs."""
+        keys = tuple(replace(row, row_mac=self._mac(row)) for row in rows.keys)
+        control = None if rows.control is None else replace(rows.control, row_mac=self._mac(rows.control, keys))
+        return StoredRows(control, keys)
+
+    def verify(self, rows: StoredRows) -> None:
+        """Check every row.
+
+        :raises RowAuthenticationError: if one was not written with this key, or one is missing or too many.
+        """
+        signed = self.sign(rows)
+        for row, expected in zip((*rows.keys, rows.control), (*signed.keys, signed.control), strict=True):
+            if row is None or expected is None:
+                continue
+            if not bytes_eq((row.row_mac or "").encode(), (expected.row_mac or "").encode()):
+                raise self._refused(row)
+
+    def _refused(self, row: KeyRow) -> RowAuthenticationError:
+        if row.row_mac is None or row.decoded("row_mac")[:KEY_ID_SIZE] != self.key_id:
+            return RowAuthenticationError(
+                f"Row {row.id} of kms_keys is not authenticated with the key that this process has. Set the "
+                "KRAVN_SECRET (or bring the secret.key) that the key store was made with."
+            )
+        return RowAuthenticationError(
+            f"Row {row.id} of kms_keys was altered, or rows were removed or added, by somebody who does not hold the "
+            "MAC key. Find out who writes to the table, and restore it from a backup."
+        )
+
+    def _mac(self, row: KeyRow, covered: Sequence[KeyRow] = ()) -> str:
+        hmac = HMAC(self._key, SHA256())
+        for name in _AUTHENTICATED:
+            hmac.update(_lp(getattr(row, name)))
+        for other in covered:
+            hmac.update(_lp(other.row_mac))
+        return to_base64(self.key_id + hmac.finalize())
+
+    def __repr__(self) -> str:
+        return f"<MacKey {self.key_id.hex()}>"
+
+
+def _lp(value: object) -> bytes:
+    return _NULL if value is None else length_prefixed(str(value).encode())
+
+
+# --- Reading and writing them ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def connect(engine: Engine) -> Iterator[Connection]:
+    """Connect for statements on our own tables, which no ``schema_translate_map`` moves."""
+    with engine.connect() as connection:
+        yield connection.execution_options(schema_translate_map=None)
+
+
+def read_rows(connection: Connection) -> StoredRows:
+    """Read all rows, in one query.
+
+    :raises TableMissingError: if there is no ``kms_keys``.
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
+    found = None
+    try:
+        found = connection.execute(select(_KEYS).order_by(_KEYS.c.id)).mappings().all()
+    except DBAPIError:
+        connection.rollback()
+        if inspect(connection).has_table(_KEYS.name):
+            raise
+    if found is None:
+        raise TableMissingError(
+            "The database has no table kms_keys. Create it with `kravn-crypto migrate --url URL`, or call "
+            "kms_tables(metadata) where your models are and migrate as usual."
+        )
+    rows = tuple(_key_row(dict(row)) for row in found)
+    control = next((row for row in rows if row.id == CONTROL_ROW_ID), None)
+    keys = tuple(row for row in rows if row.id != CONTROL_ROW_ID)
+    if keys and control is None:
+        raise MalformedRowError("kms_keys has keys but no control row. Restore the table from a backup.")
+    return StoredRows(control, keys)
+
+
+def _key_row(values: dict[str, Any]) -> KeyRow:
+    if values["state"] not in tuple(State):
+        raise MalformedRowError(
+            f"Row {values['id']} of kms_keys is in a state that this release does not know. Upgrade to the release "
+            "that wrote it, or restore the table from a backup."
+        )
+    return KeyRow(**(values | {"state": State(values["state"])}))
+
+
+def write_rows(connection: Connection, before: StoredRows, after: StoredRows) -> None:
+    """Bring the table from one set of rows to another; the caller holds the lock.
+
+    Rows that leave the state ``primary`` are written first, since at most one row may be in it.
+    """
+    known = {row.id: row for row in (before.control, *before.keys) if row is not None}
+    changed = [row for row in (after.control, *after.keys) if row is not None and row != known.get(row.id)]
+    for row in sorted(changed, key=lambda row: (row.state is State.PRIMARY, row.id)):
+        values = {name: getattr(row, name) for name in (*_AUTHENTICATED, "row_mac")}
+        if row.id in known:
+            connection.execute(update(_KEYS).where(_KEYS.c.id == row.id).values(values | {"updated_at": func.now()}))
+        else:
+            connection.execute(insert(_KEYS).values(values))
+
+
+# --- The lock -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(engine: Engine, deployment_id: str, wait: float) -> Iterator[Connection]:
+    """Hold the lock on the key store for one transaction, which the caller commits.
+
+    The lock is the control row. Who finds the table empty inserts it; of several who do, the others wait for the first.
+
+    :param deployment_id: what a new control row records.
+    :param wait: bound on the wait for the lock, in seconds.
+    :raises KeyStoreLockedError: if the wait is over.
+    :raises TableMissingError: if there is no ``kms_keys``.
+    :raises UnsupportedDatabaseError: if it is not known how this database locks a row.
+    """
+    take = _LOCKS.get(engine.dialect.name)
+    if take is None:
+        raise UnsupportedDatabaseError(
+            f"The key store cannot live on {engine.dialect.name}: this release knows how to lock a row on "
+            f"{', '.join(sorted(_LOCKS))}."
+        )
+    with connect(engine) as connection:
+        read_rows(connection)
+        connection.rollback()
+        timed_out = False
+        try:
+            take(connection, deployment_id, wait)
+        except DBAPIError as error:
+            timed_out = _is_lock_timeout(error)
+            if not timed_out:
+                raise
+        if timed_out:
+            raise KeyStoreLockedError(
+                f"Another process has held the lock on kms_keys for more than {wait:g} seconds. It may be waiting for "
+                "its KMS; start this process again once it is done."
+            )
+        yield connection
+
+
+def _lock_postgresql(connection: Connection, deployment_id: str, wait: float) -> None:
+    # In a stricter isolation level, whoever waited for the lock could not see what its holder wrote.
+    connection.execution_options(isolation_level="READ COMMITTED")
+    connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": f"{int(wait * 1000)}ms"})
+    _lock_control_row(connection, deployment_id)
+
+
+def _lock_mysql(connection: Connection, deployment_id: str, wait: float) -> None:
+    connection.execution_options(isolation_level="READ COMMITTED")
+    before = connection.execute(text("SELECT @@SESSION.innodb_lock_wait_timeout")).scalar_one()
+    connection.execute(text("SET SESSION innodb_lock_wait_timeout = :wait"), {"wait": max(1, int(wait))})
+    try:
+        _lock_control_row(connection, deployment_id)
+    finally:
+        connection.execute(text("SET SESSION innodb_lock_wait_timeout = :wait"), {"wait": before})
+
+
+def _lock_control_row(connection: Connection, deployment_id: str) -> None:
+    lock = select(_KEYS.c.id).where(_KEYS.c.id == CONTROL_ROW_ID).with_for_update()
+    if connection.execute(lock).first() is None:
+        try:
+            with connection.begin_nested():
+                _insert_control_row(connection, deployment_id)
+        except IntegrityError:
+            connection.execute(lock).one()
+
+
+def _lock_sqlite(connection: Connection, deployment_id: str, wait: float) -> None:
+    before = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    connection.rollback()
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(wait * 1000)}")
+    try:
+        driver_connection = connection.connection.driver_connection
+        if driver_connection is not None and driver_connection.in_transaction:
+            # A listener of the application has begun one: a write as its first statement takes the same lock.
+            connection.exec_driver_sql("UPDATE kms_keys SET epoch = epoch WHERE id = 1")
+        else:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")
+    if connection.execute(select(_KEYS.c.id).where(_KEYS.c.id == CONTROL_ROW_ID)).first() is None:
+        _insert_control_row(connection, deployment_id)
+
+
+def _insert_control_row(connection: Connection, deployment_id: str) -> None:
+    row = {"id": CONTROL_ROW_ID, "state": State.CONTROL.value, "epoch": 0, "deployment_id": deployment_id}
+    connection.execute(insert(_KEYS).values(row))
+
+
+_LOCKS: Final = {
+    "postgresql": _lock_postgresql,
+    "sqlite": _lock_sqlite,
+    "mysql": _lock_mysql,
+    "mariadb": _lock_mysql,
+}
+
+
+def _is_lock_timeout(error: DBAPIError) -> bool:
+    orig: Any = error.orig
+    state = getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None)
+    sqlite_code = getattr(orig, "sqlite_errorcode", None)
+    mysql_code = next(iter(getattr(orig, "args", ())), None)
+    return (
+        state == _POSTGRESQL_LOCK_NOT_AVAILABLE
+        # The low byte is the primary code; the rest tells kinds of it apart.
+        or (isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY)
+        or mysql_code == _MYSQL_LOCK_WAIT_TIMEOUT
+    )
