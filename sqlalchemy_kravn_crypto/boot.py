@@ -1,0 +1,281 @@
+"""Start-up: settings, key store and provider into the process-wide key context; and the same by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from .context import is_configured, publish
+from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError
+from .keystore import Blocking, KeyStore, Opened, run_here
+from .rows import KeyRow, StoredRows, connect, read_rows
+from .types import encrypted_columns
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from .providers.base import KeyProvider
+    from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Process:
+    """What this process was configured with."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.engine: Engine | None = None
+        self.settings: Settings | None = None
+        self.deployment_id = ""
+
+
+_process: Final = _Process()
+
+# A child forked while another thread was starting up would wait for that thread's lock for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: setattr(_process, "lock", threading.Lock()))
+
+
+def configure(engine: Engine, settings: Settings | None = None) -> None:
+    """Open the key store of an engine's database and make its data keys the ones of this process.
+
+    Call it once at start-up, before the first session. The very first boot also makes the first data key. Calling it
+    again with the same engine and settings, or with another engine whose database has the same key store, changes
+    nothing.
+
+    :param engine: a synchronous engine; see :func:`configure_async` for the other kind.
+    :param settings: instead of those from the environment.
+    :raises ConfigurationError: if a setting is wrong.
+    :raises AlreadyConfiguredError: if the process already uses another key store or other settings.
+    :raises KeyStoreError: if the key store does not allow the process to start.
+    :raises ProviderError: if the KMS does not.
+    """
+    is_async: bool = engine.dialect.is_async  # an AsyncEngine has the attribute too
+    if is_async:
+        raise ConfigurationError(
+            "configure() takes a synchronous Engine. For an AsyncEngine: await configure_async(engine)."
+        )
+    with _process.lock:
+        _configure(engine, settings or _settings(), run_here)
+
+
+async def configure_async(engine: AsyncEngine, settings: Settings | None = None) -> None:
+    """Do what :func:`configure` does, for an engine with an asynchronous driver. The event loop is not blocked."""
+    from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415 - synchronous programs do without
+    from sqlalchemy.util import await_only, greenlet_spawn  # noqa: PLC0415 - as above
+
+    if not isinstance(engine, AsyncEngine):
+        raise ConfigurationError("configure_async() takes an AsyncEngine. For a synchronous Engine: configure(engine).")
+
+    def in_thread(function: Callable[[], T], /) -> T:
+        return await_only(asyncio.to_thread(function))
+
+    await greenlet_spawn(_configure, engine.sync_engine, settings or await asyncio.to_thread(_settings), in_thread)
+
+
+def reset() -> None:
+    """Forget what the process was configured with, keys included; for tests, or before another key store."""
+    _process.engine = _process.settings = None
+    _process.deployment_id = ""
+    publish(None)
+
+
+def provision(engine: Engine, settings: Settings | None = None, *, new_database: bool = False) -> StoredRows:
+    """Make the first data key by hand, where boots may not (``KRAVN_KMS_PROVISION=never``), unless it is there.
+
+    Import the models first: the encrypted columns that they declare are looked at for values under a lost key.
+
+    :param new_database: fill an empty key store without looking for such values.
+    :return: the rows of the key store.
+    """
+    store = _key_store(settings or _settings())
+    return store.provision(engine, encrypted_columns(), look_for_data=not new_database, pin_later=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps a process from starting, or will."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStatus:
+    """One data key on record."""
+
+    key_id: str
+    state: str
+    provider: str
+    master_key: str
+    created_at: datetime | None
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What there is to say about a deployment without changing anything."""
+
+    provider: str | None
+    secret_file: str | None
+    deployment_id: str | None = None
+    epoch: int | None = None
+    keys: tuple[KeyStatus, ...] = ()
+    unknown_settings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = field(default=())
+
+
+def status(engine: Engine, settings: Settings | None = None) -> Status:
+    """Try everything that a boot does, one KMS call for each live data key included, and report instead of raising."""
+    from .settings import unknown_variables  # noqa: PLC0415 - pydantic is slow to import
+
+    problems: list[Problem] = []
+    if settings is None:
+        settings = _reported(problems, _settings)
+    rows = _reported(problems, lambda: _read(engine))
+    found = Status(None, None, unknown_settings=tuple(unknown_variables(os.environ)))
+    if settings is not None:
+        weaknesses = tuple(settings.weaknesses())
+        found = replace(
+            found, provider=settings.kms_provider.value, secret_file=str(settings.secret_file), warnings=weaknesses
+        )
+        usable = settings
+        if rows is not None:
+            _reported(problems, lambda: replace(_key_store(usable), may_provision=False).open(engine))
+    if rows is not None and rows.control is not None:
+        keys = tuple(map(_key_status, rows.keys))
+        found = replace(found, deployment_id=rows.control.deployment_id, epoch=rows.control.epoch, keys=keys)
+    return replace(found, problems=tuple(problems))
+
+
+def _configure(engine: Engine, settings: Settings, blocking: Blocking) -> None:
+    if is_configured() and _process.settings is not None:
+        _refuse_another(engine, settings)
+        return
+    for weakness in settings.weaknesses():
+        logger.warning("%s", weakness)
+    opened: Opened = _key_store(settings).open(engine, encrypted_columns(), blocking=blocking)
+    _process.engine, _process.settings, _process.deployment_id = engine, settings, opened.deployment_id
+    publish(opened.keyring)
+    logger.info("configured with %r of deployment %s", opened.keyring, opened.deployment_id)
+
+
+def _refuse_another(engine: Engine, settings: Settings) -> None:
+    if settings != _process.settings:
+        raise AlreadyConfiguredError(
+            "This process is already configured with other settings. Call reset() first if that is what you want."
+        )
+    if engine is _process.engine:
+        return
+    rows = _read(engine)
+    if rows.control is None or rows.control.deployment_id != _process.deployment_id:
+        raise AlreadyConfiguredError(
+            "This process already uses the key store of another database. A process has one; call reset() first, or "
+            "use the engine without configuring it if its values are under the keys that are loaded."
+        )
+
+
+def _settings() -> Settings:
+    from .settings import Settings  # noqa: PLC0415 - pydantic is slow to import
+
+    return Settings.from_environment()
+
+
+def _key_store(settings: Settings) -> KeyStore:
+    return KeyStore(
+        provider=_provider(settings),
+        secret=None if settings.secret is None else settings.secret.get_secret_value(),
+        secret_file=settings.secret_file,
+        deployment_id=None if settings.deployment_id is None else str(settings.deployment_id),
+        pinned=settings.kms_pinned_keys,
+        timeout=settings.kms_timeout,
+        may_provision=settings.kms_provision.value != "never",
+    )
+
+
+def _provider(settings: Settings) -> KeyProvider | None:
+    """Construct the configured provider; the only place that imports one."""
+    from .settings import Provider  # noqa: PLC0415 - pydantic is slow to import
+
+    match settings.kms_provider:
+        case Provider.NONE:
+            return None
+        case Provider.VAULT:
+            from .providers.vault import VaultProvider  # noqa: PLC0415 - needs an extra
+
+            return VaultProvider(
+                address=settings.kms_vault_addr or "",
+                token=_revealed(settings, "kms_vault_token"),
+                key=settings.kms_vault_key or "",
+                namespace=settings.kms_vault_namespace,
+                mount=settings.kms_vault_mount,
+                ca_bundle=settings.kms_vault_ca_bundle,
+            )
+        case Provider.AZURE:
+            from .providers.azure import AzureProvider  # noqa: PLC0415 - needs an extra
+
+            return AzureProvider(
+                vault_url=settings.kms_azure_vault_url or "",
+                key=settings.kms_azure_key or "",
+                tenant_id=settings.kms_azure_tenant_id or "",
+                client_id=settings.kms_azure_client_id or "",
+                client_secret=_revealed(settings, "kms_azure_client_secret"),
+                ca_bundle=settings.kms_azure_ca_bundle,
+            )
+
+
+def _revealed(settings: Settings, name: str) -> str:
+    secret = getattr(settings, name)
+    return "" if secret is None else secret.get_secret_value()
+
+
+def _read(engine: Engine) -> StoredRows:
+    with connect(engine) as connection:
+        return read_rows(connection)
+
+
+def _reported(problems: list[Problem], function: Callable[[], T]) -> T | None:
+    try:
+        return function()
+    except KravnCryptoError as error:
+        problems.append(Problem(type(error).__name__, str(error)))
+    except SQLAlchemyError as error:
+        problems.append(Problem(type(error).__name__, database_error(error)))
+    return None
+
+
+def database_error(error: SQLAlchemyError) -> str:
+    """Return the first line of a database's error, without statement and parameters."""
+    cause = getattr(error, "orig", None) or error
+    return f"The database: {(str(cause).strip() or type(cause).__name__).splitlines()[0]}"
+
+
+def _key_status(row: KeyRow) -> KeyStatus:
+    return KeyStatus(
+        key_id=row.key_id or "",
+        state=row.state.value,
+        provider=row.provider or "",
+        master_key=row.master_key or "",
+        created_at=_utc(row.created_at),
+        since=_utc(row.updated_at),
+    )
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    """Return a time of the database with its zone; SQLite and MariaDB give UTC without one."""
+    if moment is None:
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -1,0 +1,260 @@
+"""The settings: from the environment, read once and validated as a whole, or given in code."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from .bootstrap import MIN_SECRET_LENGTH, SECRET_FILE_NAME, STRONG_SECRET_LENGTH
+from .derivation import KEY_ID_SIZE
+from .exceptions import SettingsError
+
+logger = logging.getLogger(__name__)
+
+PREFIX: Final = "KRAVN_"
+SECRETS: Final = ("secret", "kms_vault_token", "kms_azure_client_secret")
+"""The settings that are secrets. Each has a form that ends in ``_FILE`` and names a file that holds it."""
+
+MAX_TIMEOUT: Final = 120.0
+"""Bound on ``KRAVN_KMS_TIMEOUT``, in seconds; the lock on the key store is held meanwhile."""
+
+_MAX_SECRET_FILE_SIZE: Final = 65_536  # bytes
+_SIMILAR: Final = 0.84  # ratio from which difflib's measure means a slip of the finger: one or two letters in a name
+_KUBERNETES: Final = re.compile(r"KRAVN_(.*_)?(SERVICE_(HOST|PORT).*|PORT(_.*)?)")
+_KEY_ID: Final = re.compile(rf"[0-9a-f]{{{2 * KEY_ID_SIZE}}}")
+
+
+class Provider(StrEnum):
+    """Which KMS wraps the data keys."""
+
+    NONE = "none"
+    VAULT = "vault"
+    AZURE = "azure"
+
+
+class Provision(StrEnum):
+    """Whether a boot may make the first data key."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+class Settings(BaseSettings):
+    """All settings. Each is read from the environment variable of its name, in capitals, behind ``KRAVN_``.
+
+    Given in code they are named without the prefix, as in ``Settings(kms_provider="vault")``; what is not given comes
+    from the environment. Printing one shows no secret.
+
+    :raises SettingsError: if one is missing, misspelt, malformed or too weak; the message names it.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        # Pydantic would quote the value that it refuses.
+        hide_input_in_errors=True,
+        str_strip_whitespace=True,
+        env_ignore_empty=True,
+    )
+
+    secret: SecretStr | None = None
+    """The deployment's own secret: the bootstrap key and the row MACs come from it."""
+
+    data_dir: Path = Path("data")
+    """The directory of ``secret.key``, which is used where there is no ``secret``."""
+
+    deployment_id: UUID | None = None
+    """What the key store must say; a cloned database with an id of its own is refused."""
+
+    kms_provider: Provider = Provider.NONE
+    kms_provision: Provision = Provision.AUTO
+    """``never`` leaves making the first data key to ``kravn-crypto provision``."""
+
+    kms_timeout: float = Field(default=10.0, gt=0, le=MAX_TIMEOUT)
+    """Bound on one whole KMS operation, in seconds."""
+
+    kms_pinned_keys: Annotated[frozenset[str], NoDecode] = frozenset()
+    """The key ids that may be loaded, separated by commas or spaces."""
+
+    kms_vault_addr: str | None = None
+    kms_vault_token: SecretStr | None = None
+    kms_vault_key: str | None = None
+    kms_vault_namespace: str | None = None
+    kms_vault_mount: str = "transit"
+    kms_vault_ca_bundle: Path | None = None
+
+    kms_azure_vault_url: str | None = None
+    kms_azure_key: str | None = None
+    kms_azure_tenant_id: str | None = None
+    kms_azure_client_id: str | None = None
+    kms_azure_client_secret: SecretStr | None = None
+    kms_azure_ca_bundle: Path | None = None
+
+    def __init__(self, **values: Any) -> None:
+        message = ""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            message = "; ".join(_described(details) for details in error.errors(include_input=False, include_url=False))
+        if message:
+            raise SettingsError(message)
+        self._check_whole()
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the environment.
+
+        :raises SettingsError: see :class:`Settings`.
+        """
+        refuse_misspelt(os.environ)
+        return cls()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Look in the code, the environment, and the files that the environment names."""
+        return init_settings, env_settings, _SecretFiles(settings_cls)
+
+    @field_validator("kms_pinned_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return frozenset(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+    @field_validator("kms_pinned_keys")
+    @classmethod
+    def _check_key_ids(cls, value: frozenset[str]) -> frozenset[str]:
+        if not all(map(_KEY_ID.fullmatch, value)):
+            msg = f"must be key ids of {2 * KEY_ID_SIZE} lower-case hexadecimal characters, separated by commas"
+            raise ValueError(msg)
+        return value
+
+    def _check_whole(self) -> None:
+        """Check what concerns more than one setting."""
+        if self.secret is not None and len(self.secret.get_secret_value()) < MIN_SECRET_LENGTH:
+            raise SettingsError(
+                f"KRAVN_SECRET is too short: it must have at least {MIN_SECRET_LENGTH} characters, better "
+                f"{STRONG_SECRET_LENGTH} random ones. Make one with: openssl rand -hex 32"
+            )
+        required = {
+            Provider.NONE: (),
+            Provider.VAULT: ("kms_vault_addr", "kms_vault_token", "kms_vault_key"),
+            Provider.AZURE: (
+                "kms_azure_vault_url",
+                "kms_azure_key",
+                "kms_azure_tenant_id",
+                "kms_azure_client_id",
+                "kms_azure_client_secret",
+            ),
+        }[self.kms_provider]
+        missing = [variable(name) for name in required if not getattr(self, name)]
+        if missing:
+            raise SettingsError(f"KRAVN_KMS_PROVIDER={self.kms_provider.value} also needs {', '.join(missing)}.")
+
+    def weaknesses(self) -> list[str]:
+        """Return what is accepted but should be better."""
+        found = []
+        if self.secret is not None and len(self.secret.get_secret_value()) < STRONG_SECRET_LENGTH:
+            found.append(
+                f"KRAVN_SECRET has fewer than {STRONG_SECRET_LENGTH} characters. Whoever reads kms_keys can test "
+                "guesses at it; make a random one with: openssl rand -hex 32"
+            )
+        return found
+
+    @property
+    def secret_file(self) -> Path:
+        """Where ``secret.key`` is, or would be, from the root of the file system."""
+        return (self.data_dir / SECRET_FILE_NAME).absolute()
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Reads ``KRAVN_…_FILE``: a file that holds a secret."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - fixed
+        """Return what the file of one setting holds."""
+        if field_name not in SECRETS:
+            return None, field_name, False
+        path = os.environ.get(f"{variable(field_name)}_FILE")
+        return (_read_secret(field_name, Path(path)) if path else None), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Return what the files hold."""
+        found = {name: self.get_field_value(None, name)[0] for name in SECRETS}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_secret(name: str, path: Path) -> str:
+    if os.environ.get(variable(name)):
+        raise SettingsError(f"{variable(name)} and {variable(name)}_FILE are both set. Unset one of them.")
+    reason, content = None, ""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_SECRET_FILE_SIZE).decode().strip()
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    if reason is not None or not content:
+        raise SettingsError(f"{variable(name)}_FILE names {path}, which cannot be used: {reason or 'it is empty'}.")
+    return content
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def known_variables() -> tuple[str, ...]:
+    """Return the environment variables that are read."""
+    return (*map(variable, Settings.model_fields), *(f"{variable(name)}_FILE" for name in SECRETS))
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that look like settings but are none; what Kubernetes sets for a service does not count."""
+    known = known_variables()
+    return sorted(
+        name
+        for name in environment
+        if name.upper().startswith(PREFIX) and name.upper() not in known and not _KUBERNETES.fullmatch(name.upper())
+    )
+
+
+def refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """Warn of variables that are no settings, and refuse those that almost are one.
+
+    :raises SettingsError: naming the variable and the setting that was probably meant.
+    """
+    for name in unknown_variables(environment):
+        meant = difflib.get_close_matches(name.upper(), known_variables(), n=1, cutoff=_SIMILAR)
+        if meant:
+            raise SettingsError(f"{name} is no setting. Did you mean {meant[0]}? Correct or unset it.")
+        logger.warning("%s is no setting of this library and is ignored", name)
+
+
+def _described(details: Mapping[str, Any]) -> str:
+    """Return what pydantic found, without the value in which it found it."""
+    name = variable(str(details["loc"][0])) if details["loc"] else "The settings"
+    if details["type"] == "extra_forbidden":
+        return f"{name} is no setting"
+    if details["type"] == "enum":
+        return f"{name} must be {details['ctx']['expected']}"
+    if details["type"] == "uuid_parsing":
+        return f"{name} must be a UUID"
+    message = str(details["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message[:1].lower()}{message[1:]}"
