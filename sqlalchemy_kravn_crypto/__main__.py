@@ -1,0 +1,5 @@
+"""``python -m sqlalchemy_kravn_crypto``."""
+
+from .cli import main
+
+main()
