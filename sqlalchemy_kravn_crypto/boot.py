@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from .context import is_configured, publish
-from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError
+from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
 from .keystore import Blocking, KeyStore, Opened, run_here
 from .rows import KeyRow, StoredRows, connect, read_rows
 from .types import encrypted_columns
@@ -139,7 +139,11 @@ class Status:
 
 
 def status(engine: Engine, settings: Settings | None = None) -> Status:
-    """Try everything that a boot does, one KMS call for each live data key included, and report instead of raising."""
+    """Try everything that a boot does, and report instead of raising.
+
+    That is one KMS call for each live data key; before the first boot, a throw-away key is wrapped and unwrapped. The
+    database is only read.
+    """
     from .settings import unknown_variables  # noqa: PLC0415 - pydantic is slow to import
 
     problems: list[Problem] = []
@@ -152,13 +156,20 @@ def status(engine: Engine, settings: Settings | None = None) -> Status:
         found = replace(
             found, provider=settings.kms_provider.value, secret_file=str(settings.secret_file), warnings=weaknesses
         )
-        usable = settings
-        if rows is not None:
-            _reported(problems, lambda: replace(_key_store(usable), may_provision=False).open(engine))
+        _try_boot(engine, settings, rows, problems)
     if rows is not None and rows.control is not None:
         keys = tuple(map(_key_status, rows.keys))
         found = replace(found, deployment_id=rows.control.deployment_id, epoch=rows.control.epoch, keys=keys)
     return replace(found, problems=tuple(problems))
+
+
+def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, problems: list[Problem]) -> None:
+    store = _reported(problems, lambda: _key_store(settings))
+    if store is None or rows is None:
+        return
+    _reported(problems, lambda: replace(store, may_provision=False).open(engine))
+    if problems and problems[-1].error == NotProvisionedError.__name__ and store.may_provision:
+        _reported(problems, store.rehearse)
 
 
 def _configure(engine: Engine, settings: Settings, blocking: Blocking) -> None:

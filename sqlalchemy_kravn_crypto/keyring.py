@@ -67,7 +67,7 @@ class Keyring:
     :param others: data keys that only decrypt.
     """
 
-    __slots__ = ("_keys", "_primary")
+    __slots__ = ("__weakref__", "_keys", "_primary")
 
     def __init__(self, primary: DataKey, others: Iterable[DataKey] = ()) -> None:
         self._primary = primary

@@ -153,6 +153,15 @@ class KeyStore:
                 logger.info("data key %s of provider %s is now %s", row.key_id, row.provider, row.state.value)
         return after
 
+    def rehearse(self, blocking: Blocking = run_here) -> None:
+        """Ask of the KMS what a first boot will, with a key that is thrown away.
+
+        :raises ProviderError: if it does not do so.
+        """
+        if self.provider is not None:
+            nowhere = KeyRow(id=CONTROL_ROW_ID, state=State.CONTROL, deployment_id=str(uuid.uuid4()))
+            self._wrapped(self.provider, os.urandom(KEY_SIZE), KEYRING, nowhere, blocking)
+
     # --- What is there -----------------------------------------------------------------------------------------------
 
     def _bootstrap_secret(self) -> BootstrapSecret | None:

@@ -1,0 +1,43 @@
+"""One replica of the race: configures on a signal, writes a row, and reads everybody's on another."""
+
+import json
+import os
+import sys
+from typing import Any
+
+from sqlalchemy import create_engine, make_url, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sqlalchemy_kravn_crypto import EncryptedJSON, configure
+from sqlalchemy_kravn_crypto.context import current_keyring
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "note"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    content: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
+
+
+def main(url: str) -> None:
+    name = {"application_name": f"replica-{os.getpid()}"} if make_url(url).get_backend_name() == "postgresql" else {}
+    engine = create_engine(url, connect_args=name or {"timeout": 60})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    configure(engine)
+    with Session(engine) as session:
+        session.add(Note(id=os.getpid(), content={"from": os.getpid()}))
+        session.commit()
+    print(current_keyring().primary_key_id, flush=True)
+    sys.stdin.readline()
+    with Session(engine) as session:
+        notes = session.scalars(select(Note)).all()
+        print(json.dumps(sorted(note.content["from"] for note in notes if note.content["from"] == note.id)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

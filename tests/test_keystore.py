@@ -1,0 +1,701 @@
+"""The key store on both databases, with a KMS that misbehaves on demand."""
+
+import hashlib
+import hmac
+import logging
+import os
+import threading
+import traceback
+import uuid
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+
+from sqlalchemy_kravn_crypto import exceptions as errors
+from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
+from sqlalchemy_kravn_crypto.ciphertext import ColumnName
+from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, EncryptedColumn
+from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
+from sqlalchemy_kravn_crypto.keystore import KeyStore, binding
+from sqlalchemy_kravn_crypto.schema import TABLES
+from sqlalchemy_kravn_crypto.types import EncryptedJSON
+from tests.switch_kms import SwitchKMS
+
+SECRET = "correct horse battery staple, and forty more characters"
+NAME = ColumnName("plugin.credentials")
+KEYS = TABLES.keys
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = create_engine(database_url)
+    TABLES.keys.metadata.create_all(made)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def kms() -> SwitchKMS:
+    return SwitchKMS()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., KeyStore]:
+    """Make key stores as processes with different settings would."""
+
+    def make(provider: SwitchKMS | None = None, *, secret: str | None = SECRET, **settings: Any) -> KeyStore:
+        return KeyStore(provider=provider, secret=secret, secret_file=tmp_path / "secret.key", **settings)
+
+    return make
+
+
+def stored(engine: Engine) -> list[dict[str, Any]]:
+    with engine.connect() as connection:
+        return [dict(row) for row in connection.execute(select(KEYS).order_by(KEYS.c.id)).mappings()]
+
+
+def states(engine: Engine) -> list[tuple[str, str]]:
+    return [(row["provider"], row["state"]) for row in stored(engine)[1:]]
+
+
+def tamper(engine: Engine, row_id: int, **values: Any) -> None:
+    with engine.begin() as connection:
+        connection.execute(update(KEYS).where(KEYS.c.id == row_id).values(values))
+
+
+# --- Mode none ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_boot_in_mode_none_records_the_bootstrap_key_as_primary(engine: Engine, store: Any) -> None:
+    opened = store().open(engine)
+    control, row = stored(engine)
+    assert (control["id"], control["state"], control["epoch"]) == (1, "control", 1)
+    assert uuid.UUID(control["deployment_id"]).version == 4
+    assert (row["provider"], row["master_key"], row["state"], row["primary_of"]) == (
+        "none",
+        "secret",
+        "primary",
+        "default",
+    )
+    assert row["wrapped_key"] is None
+    assert row["key_id"] == opened.keyring.primary_key_id
+    assert b64decode(row["key_check"]) == DataKey(BootstrapSecret.from_secret(SECRET).data_key).check
+
+
+def test_without_a_secret_the_bootstrap_key_comes_from_a_file_that_is_made_once(
+    engine: Engine, store: Any, tmp_path: Path
+) -> None:
+    first = store(secret=None).open(engine)
+    assert len((tmp_path / "secret.key").read_text().strip()) == 64
+    assert stored(engine)[1]["master_key"] == "file"
+    assert store(secret=None).open(engine).keyring.primary_key_id == first.keyring.primary_key_id
+
+
+def test_no_file_is_made_once_a_key_is_on_record(engine: Engine, store: Any, tmp_path: Path) -> None:
+    store(secret=None).open(engine)
+    (tmp_path / "secret.key").unlink()
+    with pytest.raises(errors.BootstrapKeyError, match="missing"):
+        store(secret=None).open(engine)
+    assert not (tmp_path / "secret.key").exists()
+
+
+def test_another_secret_than_the_recorded_one_stops_the_boot(engine: Engine, store: Any) -> None:
+    store().open(engine)
+    with pytest.raises(errors.BootstrapKeyError, match="another than the one on record"):
+        store(secret="another secret of sufficient length").open(engine)
+
+
+def test_a_secret_where_a_file_is_on_record_stops_the_boot(engine: Engine, store: Any) -> None:
+    store(secret=None).open(engine)
+    with pytest.raises(errors.BootstrapKeyError, match=r"came from secret\.key"):
+        store().open(engine)
+
+
+# --- A KMS ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_boot_with_a_kms_wraps_once_and_checks_what_it_stores(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    opened = store(kms).open(engine)
+    # Wrapped; unwrapped to compare; refused under another binding; unwrapped to be used.
+    assert kms.calls == {"wrap": 1, "unwrap": 3}
+    assert states(engine) == [("none", "retired"), ("vault", "primary")]
+    _, bootstrap, row = stored(engine)
+    assert opened.keyring.key_ids == {bootstrap["key_id"], row["key_id"]}
+    assert opened.keyring.primary_key_id == row["key_id"]
+    assert row["master_key"] == "transit/kravn:v1"
+
+
+def test_a_later_boot_only_reads_with_one_query_and_one_kms_call(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    kms.calls.clear()
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+    store(kms).open(engine)
+    assert kms.calls == {"unwrap": 1}
+    assert len(statements) == 1
+    assert statements[0].startswith("SELECT")
+    assert "FOR UPDATE" not in statements[0]
+
+
+def test_what_one_process_writes_every_other_reads(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    frame = store(kms).open(engine).keyring.encrypt(b"payload", NAME)
+    assert store(kms).open(engine).keyring.decrypt(frame, NAME) == b"payload"
+
+
+def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    control, _, row = stored(engine)
+
+    def lp(value: bytes) -> bytes:
+        return len(value).to_bytes(4, "big") + value
+
+    bound = lp(b"sqlalchemy-kravn-crypto/wrap/v1") + lp(b"default")
+    bound += lp(control["deployment_id"].encode()) + lp(bytes.fromhex(row["key_id"]))
+    assert binding("default", control["deployment_id"], bytes.fromhex(row["key_id"])) == bound
+    blob = b64decode(row["wrapped_key"])
+    key = kms._aead.decrypt(blob[:12], blob[12:], bound)
+    assert DataKey(key).key_id.hex() == row["key_id"]
+
+
+def test_without_a_secret_the_kms_also_wraps_the_key_of_the_row_macs(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    store(kms, secret=None).open(engine)
+    assert kms.calls["wrap"] == 2
+    control = stored(engine)[0]
+    assert control["provider"] == "vault"
+    assert control["wrapped_key"]
+    kms.calls.clear()
+    store(kms, secret=None).open(engine)
+    assert kms.calls == {"unwrap": 2}
+    tamper(engine, 2, closing="now")
+    with pytest.raises(errors.RowAuthenticationError, match="altered"):
+        store(kms, secret=None).open(engine)
+
+
+def test_a_boot_that_may_not_provision_says_what_to_run(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    with pytest.raises(errors.NotProvisionedError, match="kravn-crypto provision"):
+        store(kms, may_provision=False).open(engine)
+    assert stored(engine) == []
+    assert kms.calls == {}
+
+
+def test_a_failed_first_boot_leaves_nothing_behind(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    kms.down = True
+    with pytest.raises(errors.ProviderUnavailableError):
+        store(kms).open(engine)
+    assert stored(engine) == []
+    kms.down = False
+    store(kms).open(engine)
+    assert kms.calls["wrap"] == 2
+
+
+def test_a_kms_that_unwraps_to_something_else_is_refused_before_anything_is_stored(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    kms.returns = os.urandom(32)
+    with pytest.raises(errors.WrongKeyError):
+        store(kms).open(engine)
+    assert stored(engine) == []
+
+
+def test_a_kms_that_ignores_the_binding_is_refused_before_anything_is_stored(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    kms.ignores_binding = True
+    with pytest.raises(errors.ProviderResponseError, match="another binding"):
+        store(kms).open(engine)
+    assert stored(engine) == []
+
+
+@pytest.mark.parametrize("returned", [b"", b"x" * 31, b"x" * 32, b"x" * 33])
+def test_another_key_than_was_wrapped_stops_the_boot(
+    engine: Engine, store: Any, kms: SwitchKMS, returned: bytes
+) -> None:
+    store(kms).open(engine)
+    kms.returns = returned
+    with pytest.raises(errors.WrongKeyError) as caught:
+        store(kms).open(engine)
+    assert caught.value.key_id == stored(engine)[2]["key_id"]
+
+
+def test_a_kms_that_hangs_is_given_up_at_the_deadline(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    kms.hangs.clear()
+    with pytest.raises(errors.ProviderUnavailableError, match=r"within 0\.2 seconds"):
+        store(kms, timeout=0.2).open(engine)
+    kms.hangs.set()
+
+
+def test_an_error_that_no_provider_should_raise_does_not_carry_its_text_on(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    store(kms).open(engine)
+    kms.raises = RuntimeError("MARKER")
+    with pytest.raises(errors.ProviderError, match="RuntimeError") as caught:
+        store(kms).open(engine)
+    assert "MARKER" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
+
+
+# --- Adoption -------------------------------------------------------------------------------------------------------
+
+
+def test_adopting_a_kms_keeps_old_values_readable_and_writes_new_ones_under_its_key(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    before = store().open(engine).keyring
+    old = before.encrypt(b"old", NAME)
+    after = store(kms).open(engine).keyring
+    assert after.decrypt(old, NAME) == b"old"
+    assert after.is_stale(old)
+    new = after.encrypt(b"new", NAME)
+    assert not after.is_stale(new)
+    assert states(engine) == [("none", "retired"), ("vault", "primary")]
+    assert stored(engine)[0]["epoch"] == 2
+    with pytest.raises(errors.UnknownKeyError):
+        before.decrypt(new, NAME)
+
+
+def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    with pytest.raises(errors.ProviderMismatchError, match="KRAVN_KMS_PROVIDER=vault"):
+        store().open(engine)
+
+
+def test_another_provider_is_refused_with_both_named(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    other = SwitchKMS(name="azure")
+    with pytest.raises(errors.ProviderMismatchError, match="'vault'.*'azure'"):
+        store(other).open(engine)
+    assert other.calls == {}
+
+
+def test_another_master_key_of_the_same_provider_is_refused(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    tamper(engine, 3, master_key="transit/other:v1")
+    kms.calls.clear()
+    with pytest.raises(errors.ProviderMismatchError, match="transit/other:v1"):
+        store(kms).open(engine)
+    assert kms.calls == {}
+
+
+def test_the_bootstrap_secret_is_still_needed_after_adoption(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store().open(engine)
+    store(kms).open(engine)
+    with pytest.raises(errors.BootstrapKeyError, match="missing"):
+        store(kms, secret=None).open(engine)
+
+
+def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store().open(engine)
+    tamper(engine, 2, closing="now")
+    before = stored(engine)
+    with pytest.raises(errors.RowAuthenticationError):
+        store(kms).open(engine)
+    assert stored(engine) == before
+    assert kms.calls == {}
+
+
+def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    bootstrap = store().open(engine).keyring.primary_key_id
+    control, row = stored(engine)
+    mac_key = BootstrapSecret.from_secret(SECRET).mac_key
+    pending = row | {"id": 3, "key_id": "00" * 8, "state": "pending", "primary_of": None, "provider": "vault"}
+    _write_signed(engine, mac_key, [control, row, pending])
+    assert store().open(engine).keyring.key_ids == {bootstrap}
+
+
+# --- What authenticates the rows ------------------------------------------------------------------------------------
+
+AUTHENTICATED = [column.name for column in KEYS.columns if column.name not in {"row_mac", "created_at", "updated_at"}]
+
+
+def _mac(key: bytes, row: dict[str, Any], covered: list[str]) -> str:
+    """Compute a row's MAC from the description of the format alone."""
+
+    def lp(value: Any) -> bytes:
+        if value is None:
+            return b"\xff\xff\xff\xff"
+        encoded = str(value).encode()
+        return len(encoded).to_bytes(4, "big") + encoded
+
+    def expand(purpose: bytes) -> bytes:
+        domain = b"sqlalchemy-kravn-crypto/v1"
+        info = len(domain).to_bytes(4, "big") + domain + len(purpose).to_bytes(4, "big") + purpose
+        return hmac.digest(key, info + b"\x01", hashlib.sha256)
+
+    message = b"".join(lp(row[name]) for name in AUTHENTICATED) + b"".join(map(lp, covered))
+    return b64encode(expand(b"key-id")[:8] + hmac.digest(key, message, hashlib.sha256)).decode()
+
+
+def _write_signed(engine: Engine, mac_key: bytes, rows: list[dict[str, Any]]) -> None:
+    control, *keys = rows
+    keys = [row | {"row_mac": _mac(mac_key, row, [])} for row in keys]
+    control |= {"row_mac": _mac(mac_key, control, [row["row_mac"] for row in keys])}
+    with engine.begin() as connection:
+        connection.execute(delete(KEYS))
+        connection.execute(insert(KEYS), [control, *keys])
+
+
+def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    control, *keys = stored(engine)
+    mac_key = BootstrapSecret.from_secret(SECRET).mac_key
+    assert [row["row_mac"] for row in keys] == [_mac(mac_key, row, []) for row in keys]
+    assert control["row_mac"] == _mac(mac_key, control, [row["row_mac"] for row in keys])
+
+
+@pytest.mark.parametrize(
+    ("row_id", "column", "value"),
+    [
+        (1, "epoch", 7),
+        (1, "closing", "x"),
+        (2, "closing", "x"),
+        (2, "standby_provider", "x"),
+        (3, "wrapped_key", "QUFBQQ=="),
+        (3, "key_check", "QUFBQQ=="),
+        (3, "master_key", "transit/kravn:v2"),
+        (3, "keyring", None),
+        (3, "closing", ""),
+        (3, "standby_wrapped_key", "x"),
+        (3, "row_mac", None),
+        (3, "row_mac", "QUFBQQ=="),
+        (3, "row_mac", "not base64"),
+    ],
+)
+def test_an_altered_row_stops_the_boot_before_the_kms_is_asked(  # noqa: PLR0917 - two are fixtures
+    engine: Engine, store: Any, kms: SwitchKMS, row_id: int, column: str, value: Any
+) -> None:
+    store(kms).open(engine)
+    kms.calls.clear()
+    # As somebody who owns the database would: they can drop constraints too.
+    values = {column: value} | ({"state": "retired", "primary_of": None} if column == "keyring" else {})
+    tamper(engine, row_id, **values)
+    with pytest.raises((errors.RowAuthenticationError, errors.MalformedRowError)):
+        store(kms).open(engine)
+    assert kms.calls == {}
+
+
+def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store().open(engine)
+    old_control, old_row = stored(engine)
+    store(kms).open(engine)
+    genuine = stored(engine)
+
+    def refused(rows: list[dict[str, Any]]) -> None:
+        with engine.begin() as connection:
+            connection.execute(delete(KEYS))
+            connection.execute(insert(KEYS), rows)
+        with pytest.raises(errors.RowAuthenticationError):
+            store(kms).open(engine)
+
+    refused([genuine[0], genuine[2]])
+    refused([genuine[0], genuine[1] | {"state": "retired"}, genuine[2], genuine[1] | {"id": 4, "key_id": "00" * 8}])
+    refused([genuine[0], old_row])
+    refused([old_control | {"epoch": 9}, genuine[1], genuine[2]])
+    with engine.begin() as connection:
+        connection.execute(delete(KEYS))
+        connection.execute(insert(KEYS), genuine)
+    store(kms).open(engine)
+
+
+def test_rows_under_another_secret_say_so(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    _write_signed(engine, os.urandom(32), stored(engine))
+    with pytest.raises(errors.RowAuthenticationError, match="KRAVN_SECRET"):
+        store(kms).open(engine)
+
+
+def test_a_planted_key_is_refused_even_if_the_kms_would_unwrap_it(engine: Engine, store: Any) -> None:
+    """What RSA-OAEP allows to whoever has the public key: a data key that they know, properly wrapped."""
+    kms = SwitchKMS(name="azure", authenticates=False, binds=False)
+    store(kms).open(engine)
+    control, _, row = stored(engine)
+    planted = DataKey(b"known to the attacker, 32 bytes!")
+    bound = binding("default", control["deployment_id"], planted.key_id)
+    nonce = bytes(12)
+    blob = nonce + kms._aead.encrypt(nonce, b"known to the attacker, 32 bytes!", bound)
+    values = {"key_id": planted.key_id.hex(), "wrapped_key": b64encode(blob).decode()}
+    tamper(engine, row["id"], **values, key_check=b64encode(planted.check).decode())
+    with pytest.raises(errors.RowAuthenticationError):
+        store(kms).open(engine)
+
+
+# --- With neither: pinned key ids -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def oaep() -> SwitchKMS:
+    return SwitchKMS(name="azure", authenticates=False, binds=False)
+
+
+def test_a_boot_does_not_provision_what_nothing_would_authenticate(engine: Engine, store: Any, oaep: SwitchKMS) -> None:
+    with pytest.raises(errors.NotProvisionedError, match="KRAVN_KMS_PINNED_KEYS"):
+        store(oaep, secret=None).open(engine)
+    assert stored(engine) == []
+
+
+def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not(
+    engine: Engine, store: Any, oaep: SwitchKMS
+) -> None:
+    rows = store(oaep, secret=None).provision(engine, pin_later=True)
+    (key,) = rows.keys
+    assert [row["row_mac"] for row in stored(engine)] == [None, None]
+    assert store(oaep, secret=None, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
+    with pytest.raises(errors.RowAuthenticationError, match="KRAVN_KMS_PINNED_KEYS"):
+        store(oaep, secret=None).open(engine)
+    with pytest.raises(errors.UnpinnedKeyError) as caught:
+        store(oaep, secret=None, pinned=frozenset({"00" * 8})).open(engine)
+    assert caught.value.key_id == key.key_id
+
+
+def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
+    engine: Engine, store: Any, oaep: SwitchKMS, caplog: pytest.LogCaptureFixture
+) -> None:
+    (key,) = store(oaep, secret=None).provision(engine, pin_later=True).keys
+    _, row = stored(engine)
+    with engine.begin() as connection:
+        planted = row | {"id": 3, "key_id": "ab" * 8, "state": "pending", "primary_of": None}
+        connection.execute(insert(KEYS).values(planted))
+    with caplog.at_level(logging.WARNING):
+        opened = store(oaep, secret=None, pinned=frozenset({key.key_id})).open(engine)
+    assert opened.keyring.key_ids == {key.key_id}
+    assert "ab" * 8 in caplog.text
+
+
+def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    with pytest.raises(errors.UnpinnedKeyError):
+        store(kms, pinned=frozenset({"00" * 8})).open(engine)
+
+
+# --- Deployments and old data ---------------------------------------------------------------------------------------
+
+
+def test_the_deployment_id_is_recorded_and_another_is_refused(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    mine, other = str(uuid.uuid4()), str(uuid.uuid4())
+    assert store(kms, deployment_id=mine).open(engine).deployment_id == mine
+    assert store(kms).open(engine).deployment_id == mine
+    with pytest.raises(errors.DeploymentMismatchError, match=other):
+        store(kms, deployment_id=other).open(engine)
+
+
+def _table_with(engine: Engine, frame: bytes | str | None, storage: str) -> list[EncryptedColumn]:
+    table = Table("plugin", MetaData(), Column("id", Integer, primary_key=True))
+    table.append_column(Column("credentials", EncryptedJSON(storage=storage)))
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO plugin (id, credentials) VALUES (1, NULL)"))
+        if frame is not None:
+            connection.execute(text("INSERT INTO plugin (id, credentials) VALUES (2, :frame)"), {"frame": frame})
+    return [EncryptedColumn(table.c.credentials, storage)]
+
+
+def test_no_fresh_key_is_made_over_values_under_a_lost_one(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    lost = Keyring(DataKey.generate())
+    columns = _table_with(engine, lost.encrypt(b"\x01{}", NAME), BINARY)
+    with pytest.raises(errors.ExistingDataError, match=rf"plugin\.credentials.*{lost.primary_key_id}"):
+        store(kms).open(engine, columns)
+    assert stored(engine) == []
+    assert kms.calls == {}
+    store(kms).provision(engine, columns, look_for_data=False)
+    assert states(engine)[-1] == ("vault", "primary")
+
+
+def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    columns = _table_with(engine, '{"token": "MARKER"}', TEXT)
+    with pytest.raises(errors.ExistingDataError, match="not encrypted") as caught:
+        store(kms).open(engine, columns)
+    assert "MARKER" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_values_under_the_bootstrap_key_and_empty_columns_do_not_stop_it(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    key = DataKey(BootstrapSecret.from_secret(SECRET).data_key)
+    frame = Keyring(key).encrypt(b"\x01{}", NAME)
+    columns = _table_with(engine, frame, BINARY)
+    missing_table = Table("nowhere", MetaData(), Column("x", EncryptedJSON))
+    missing_column = Table("plugin", MetaData(), Column("added_later", EncryptedJSON))
+    columns += [EncryptedColumn(table.c[0], BINARY) for table in (missing_table, missing_column)]
+    assert store(kms).open(engine, columns).keyring.decrypt(frame, NAME) == b"\x01{}"
+
+
+# --- The database ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_table_says_what_to_run(database_url: str, store: Any) -> None:
+    engine = create_engine(database_url)
+    with pytest.raises(errors.TableMissingError, match="kravn-crypto migrate") as caught:
+        store().open(engine)
+    assert caught.value.__context__ is None
+    engine.dispose()
+
+
+def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    kms.hangs.clear()
+    first = threading.Thread(target=lambda: store(kms).open(engine))
+    first.start()
+    while not kms.calls["wrap"]:
+        first.join(0.01)
+    with pytest.raises(errors.KeyStoreLockedError, match=r"more than 0\.8 seconds"):
+        store(SwitchKMS(), timeout=0.2).open(engine)
+    kms.hangs.set()
+    first.join()
+    assert states(engine)[-1] == ("vault", "primary")
+
+
+def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(store(kms).open(engine).keyring.primary_key_id)) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    assert kms.calls["wrap"] == 1
+
+
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
+def test_the_engines_isolation_level_does_not_matter(database_url: str, store: Any, level: str) -> None:
+    engine = create_engine(database_url, isolation_level=level)
+    TABLES.keys.metadata.create_all(engine)
+    found: list[str] = []
+    kms = SwitchKMS()
+    threads = [
+        threading.Thread(target=lambda: found.append(store(kms).open(engine).keyring.primary_key_id)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert kms.calls["wrap"] == 1
+    kms.down = True
+    with pytest.raises(errors.ProviderUnavailableError):
+        store(kms).open(engine)
+    engine.dispose()
+
+
+def test_a_failed_boot_writes_nothing_even_where_the_engine_commits_by_itself(database_url: str, store: Any) -> None:
+    engine = create_engine(database_url, isolation_level="AUTOCOMMIT")
+    TABLES.keys.metadata.create_all(engine)
+    kms = SwitchKMS()
+    kms.down = True
+    with pytest.raises(errors.ProviderUnavailableError):
+        store(kms).open(engine)
+    assert stored(engine) == []
+    engine.dispose()
+
+
+def test_a_listener_that_begins_transactions_itself_is_no_obstacle(sqlite_url: str, store: Any) -> None:
+    """What SQLAlchemy's documentation recommends for SQLite's transactional DDL."""
+    engine = create_engine(sqlite_url)
+    event.listen(engine, "connect", lambda connection, _record: setattr(connection, "isolation_level", None))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    TABLES.keys.metadata.create_all(engine)
+    kms = SwitchKMS()
+    store(kms).open(engine)
+    store(kms).open(engine)
+    assert kms.calls["wrap"] == 1
+    engine.dispose()
+
+
+def test_a_schema_translate_map_moves_none_of_our_tables(database_url: str, store: Any) -> None:
+    engine = create_engine(database_url)
+    TABLES.keys.metadata.create_all(engine)
+    tenant = engine.execution_options(schema_translate_map={None: "tenant_1"})
+    first = store().open(tenant).keyring.primary_key_id
+    assert store().open(engine).keyring.primary_key_id == first
+    engine.dispose()
+
+
+def test_a_read_only_database_serves(postgres_url: str, store: Any, kms: SwitchKMS) -> None:
+    engine = create_engine(postgres_url)
+    TABLES.keys.metadata.create_all(engine)
+    store(kms).open(engine)
+    read_only = create_engine(postgres_url, connect_args={"options": "-c default_transaction_read_only=on"})
+    assert store(kms).open(read_only).keyring.primary_key_id == stored(engine)[2]["key_id"]
+    engine.dispose()
+    read_only.dispose()
+
+
+def test_a_table_of_keys_without_control_row_is_refused(engine: Engine, store: Any) -> None:
+    store().open(engine)
+    with engine.begin() as connection:
+        connection.execute(delete(KEYS).where(KEYS.c.id == 1))
+    with pytest.raises(errors.MalformedRowError, match="control row"):
+        store().open(engine)
+
+
+def test_a_state_that_this_release_does_not_know_is_refused(sqlite_url: str, store: Any) -> None:
+    engine = create_engine(sqlite_url)
+    TABLES.keys.metadata.create_all(engine)
+    store().open(engine)
+    with engine.begin() as connection:
+        connection.execute(text("PRAGMA ignore_check_constraints = ON"))
+        connection.execute(text("UPDATE kms_keys SET state = 'frozen', primary_of = NULL WHERE id = 2"))
+    with pytest.raises(errors.MalformedRowError, match="Upgrade"):
+        store().open(engine)
+    engine.dispose()
+
+
+def test_a_database_whose_locks_are_not_known_is_refused(engine: Engine, store: Any) -> None:
+    engine.dialect.name = "somedb"
+    with pytest.raises(errors.UnsupportedDatabaseError, match="somedb"):
+        store().open(engine)
+
+
+def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    store(kms).open(engine)
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        tamper(engine, 2, state="primary", primary_of="default")
+    with pytest.raises(Exception, match=r"(?i)check"):
+        tamper(engine, 2, state="primary", primary_of=None)
+    with engine.connect() as connection:
+        assert connection.scalar(select(func.count()).where(KEYS.c.primary_of.is_not(None))) == 1
+    assert inspect(engine).has_table("kms_keys")
+
+
+# --- What is never shown --------------------------------------------------------------------------------------------
+
+
+def test_neither_representation_nor_log_shows_a_secret(
+    engine: Engine, store: Any, kms: SwitchKMS, caplog: pytest.LogCaptureFixture
+) -> None:
+    key_store = store(kms)
+    with caplog.at_level(logging.DEBUG):
+        opened = key_store.open(engine)
+    secret = BootstrapSecret.from_secret(SECRET)
+    shown = caplog.text + repr(key_store) + repr(opened) + str(opened)
+    for hidden in (SECRET, secret.data_key, secret.mac_key):
+        raw = hidden.encode() if isinstance(hidden, str) else hidden
+        for form in (str(hidden), repr(hidden), raw.hex(), b64encode(raw).decode()):
+            assert form not in shown
