@@ -126,7 +126,7 @@ def _columns(metadata: MetaData) -> Table:
         "kms_columns",
         metadata,
         # '' and not NULL for the default schema: a primary key has no NULLs. The lengths fit one InnoDB index.
-        Column("schema_name", String(128), nullable=False, server_default=""),
+        Column("schema_name", String(128), nullable=False),
         Column("table_name", String(128), nullable=False),
         Column("column_name", String(128), nullable=False),
         Column("storage", String(16), nullable=False),

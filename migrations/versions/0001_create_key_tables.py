@@ -69,7 +69,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "kms_columns",
-        sa.Column("schema_name", sa.String(128), server_default="", nullable=False),
+        sa.Column("schema_name", sa.String(128), nullable=False),
         sa.Column("table_name", sa.String(128), nullable=False),
         sa.Column("column_name", sa.String(128), nullable=False),
         sa.Column("storage", sa.String(16), nullable=False),
