@@ -7,7 +7,7 @@ where plain AES-256-GCM is used up after 2^32 (SP 800-38D, section 8.3).
 
 from __future__ import annotations
 
-from typing import Final, NoReturn
+from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from .derivation import KEY_SIZE
+from .secrecy import KeepsSecret
 
 _BLOCK_SIZE: Final = 16
 _R128: Final = 0x87  # the constant of CMAC's subkey generation for 128-bit blocks, NIST SP 800-38B, section 5.3
@@ -25,7 +26,7 @@ _SUBKEY_NONCE: Final = slice(0, 12)
 _GCM_NONCE: Final = slice(12, 24)
 
 
-class Xaes256Gcm:
+class Xaes256Gcm(KeepsSecret):
     """XAES-256-GCM under one key.
 
     Deterministic: the nonce is the caller's. Safe to use from several threads and after ``fork``, as long as the nonces
@@ -66,10 +67,6 @@ class Xaes256Gcm:
         prefix = nonce[_SUBKEY_NONCE]
         blocks = int.from_bytes(_COUNTER_1 + prefix + _COUNTER_2 + prefix, "big") ^ self._k1_twice
         return AESGCM(self._encrypt_blocks(blocks.to_bytes(2 * _BLOCK_SIZE, "big")))
-
-    def __reduce__(self) -> NoReturn:
-        msg = "a cipher under a key cannot be pickled or copied"
-        raise TypeError(msg)
 
 
 def _doubled(block: bytes) -> bytes:

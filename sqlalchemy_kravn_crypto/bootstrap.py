@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from .derivation import KEY_SIZE, expand
 from .exceptions import SecretFileError
+from .secrecy import KeepsSecret
 
 MIN_SECRET_LENGTH: Final = 16
 """A shorter ``KRAVN_SECRET``, in characters, is refused."""
@@ -35,7 +36,7 @@ _SECRET_FILE_SIZE: Final = 2 * KEY_SIZE
 
 
 @dataclass(frozen=True, slots=True)
-class BootstrapSecret:
+class BootstrapSecret(KeepsSecret):
     """What a deployment's own secret gives.
 
     :ivar source: ``secret`` or ``file``, as it is recorded in the key store.

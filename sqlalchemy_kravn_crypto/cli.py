@@ -24,6 +24,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from . import boot, demo, migrate
 from .exceptions import ConfigurationError, KravnCryptoError
+from .rows import StoredRows
 from .schema import State
 
 T = TypeVar("T")
@@ -140,11 +141,7 @@ def _provision(
     if metadata is not None:
         _import_metadata(metadata)
     rows = _with_engine(url, lambda engine: boot.provision(engine, new_database=new_database))
-    for row in rows.keys:
-        typer.echo(f"{row.key_id} {row.state.value} {row.provider}")
-    if rows.control is not None and rows.control.row_mac is None:
-        primary = next(row.key_id for row in rows.keys if row.state is State.PRIMARY)
-        typer.echo(f"Nothing authenticates these rows. Set KRAVN_KMS_PINNED_KEYS={primary} for every process.")
+    print_provisioned(rows)
 
 
 @app.command("status")
@@ -170,6 +167,15 @@ def _status(
 def _demo(*, debug: Debug = False) -> None:  # noqa: ARG001 - read by the decorator
     """Show the main job on an embedded SQLite, with no KMS. Needs no settings and leaves nothing behind."""
     demo.run(typer.echo)
+
+
+def print_provisioned(rows: StoredRows) -> None:
+    """Print the data keys, and what to pin where nothing authenticates them."""
+    for row in rows.keys:
+        typer.echo(f"{row.key_id} {row.state.value} {row.provider}")
+    if rows.control is not None and rows.control.row_mac is None:
+        primary = next(row.key_id for row in rows.keys if row.state is State.PRIMARY)
+        typer.echo(f"Nothing authenticates these rows. Set KRAVN_KMS_PINNED_KEYS={primary} for every process.")
 
 
 def _print_status(found: boot.Status, console: Console) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from hmac import compare_digest
-from typing import NoReturn
 
 from .aead import Xaes256Gcm
 from .ciphertext import NONCE_SIZE, ColumnName, pack, pack_header, parse
 from .derivation import KEY_SIZE, expand, key_id_of
 from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
+from .secrecy import KeepsSecret
 
 
-class DataKey:
+class DataKey(KeepsSecret):
     """A data key, ready for use. It does not keep the key itself, and cannot be printed, pickled or copied.
 
     :param key: 32 uniformly random bytes.
@@ -55,12 +55,8 @@ class DataKey:
     def __repr__(self) -> str:
         return f"<DataKey {self.key_id.hex()}>"
 
-    def __reduce__(self) -> NoReturn:
-        msg = "a data key cannot be pickled or copied"
-        raise TypeError(msg)
 
-
-class Keyring:
+class Keyring(KeepsSecret):
     """A process's data keys. Immutable, so that threads share it without a lock; cannot be pickled or copied.
 
     :param primary: the data key that encrypts.
@@ -130,7 +126,3 @@ class Keyring:
 
     def __repr__(self) -> str:
         return f"<Keyring primary={self.primary_key_id} keys={len(self._keys)}>"
-
-    def __reduce__(self) -> NoReturn:
-        msg = "a keyring cannot be pickled or copied"
-        raise TypeError(msg)

@@ -36,6 +36,7 @@ from .keyring import DataKey, Keyring
 from .providers.base import Deadline, KeyProvider, WrappedKey, run_within
 from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, to_base64, write_rows
 from .schema import CONTROL_ROW_ID, State
+from .secrecy import KeepsSecret
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def binding(keyring: str, deployment_id: str, key_id: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyStore:
+class KeyStore(KeepsSecret):
     """How one process opens the key store of its deployment.
 
     :param provider: the configured KMS; ``None`` is mode ``none``.

@@ -25,6 +25,7 @@ from .exceptions import (
     UnsupportedDatabaseError,
 )
 from .schema import CONTROL_ROW_ID, TABLES, State
+from .secrecy import KeepsSecret
 
 KEYRING: Final = "default"
 """The name of the one keyring of a process."""
@@ -115,7 +116,7 @@ def to_base64(value: bytes) -> str:
 # --- What authenticates them ----------------------------------------------------------------------------------------
 
 
-class MacKey:
+class MacKey(KeepsSecret):
     """The key of the row MACs; cannot be printed.
 
     A row's MAC is ``MAC-key id || HMAC-SHA256`` over the LP of every column but itself and the timestamps; NULL is four

@@ -23,20 +23,27 @@ class Note(Base):
     content: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
 
 
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(url: str) -> None:
-    name = {"application_name": f"replica-{os.getpid()}"} if make_url(url).get_backend_name() == "postgresql" else {}
-    engine = create_engine(url, connect_args=name or {"timeout": 60})
-    print("ready", flush=True)
+    arguments: dict[str, Any] = {"application_name": f"replica-{os.getpid()}"}
+    if make_url(url).get_backend_name() == "sqlite":
+        arguments = {"timeout": 60}
+    engine = create_engine(url, connect_args=arguments)
+    say("ready")
     sys.stdin.readline()
     configure(engine)
     with Session(engine) as session:
         session.add(Note(id=os.getpid(), content={"from": os.getpid()}))
         session.commit()
-    print(current_keyring().primary_key_id, flush=True)
+    say(current_keyring().primary_key_id)
     sys.stdin.readline()
     with Session(engine) as session:
         notes = session.scalars(select(Note)).all()
-        print(json.dumps(sorted(note.content["from"] for note in notes if note.content["from"] == note.id)), flush=True)
+        say(json.dumps(sorted(note.content["from"] for note in notes if note.content["from"] == note.id)))
 
 
 if __name__ == "__main__":

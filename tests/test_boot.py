@@ -1,4 +1,4 @@
-"""Start-up as an application does it: settings from the environment, PostgreSQL or SQLite, OpenBao and Azure's protocol."""
+"""Start-up as an application does it: settings from the environment, real databases, OpenBao, Azure's protocol."""
 
 import asyncio
 import copy
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, Engine, create_engine, select, text
+from sqlalchemy import JSON, Engine, create_engine, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -159,7 +159,7 @@ def test_null_is_null_and_json_null_is_an_encrypted_null(engine: Engine, environ
     configure(engine)
     write(engine, id=1, credentials=None)
     with engine.begin() as connection:
-        connection.execute(Plugin.__table__.insert().values(id=2, credentials=JSON.NULL))
+        connection.execute(insert(Plugin).values(id=2, credentials=JSON.NULL))
         nulls = connection.scalars(text("SELECT id FROM plugin WHERE credentials IS NULL")).all()
     assert nulls == [1]
     assert read(engine, 1) is None
@@ -560,7 +560,7 @@ def test_status_tells_provider_keys_states_and_since_when(
     assert found.problems == ()
     assert found.unknown_settings == ("KRAVN_LOG_LEVEL",)
     assert found.epoch == 1
-    assert uuid.UUID(found.deployment_id or "")
+    assert str(uuid.UUID(found.deployment_id)) == found.deployment_id
     assert [(key.provider, key.state) for key in found.keys] == [("none", "retired"), ("vault", "primary")]
     assert found.keys[1].master_key == f"transit/{vault['KMS_VAULT_KEY']}:v1"
     assert all(key.since is not None and key.since.tzinfo is not None for key in found.keys)

@@ -1,9 +1,11 @@
 """The key store on both databases, with a KMS that misbehaves on demand."""
 
+import copy
 import hashlib
 import hmac
 import logging
 import os
+import pickle
 import threading
 import traceback
 import uuid
@@ -36,6 +38,7 @@ from sqlalchemy_kravn_crypto.ciphertext import ColumnName
 from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, EncryptedColumn
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.keystore import KeyStore, binding
+from sqlalchemy_kravn_crypto.rows import MacKey
 from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
 from tests.switch_kms import SwitchKMS
@@ -287,7 +290,7 @@ def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, kms: Switc
 def test_another_provider_is_refused_with_both_named(engine: Engine, store: Any, kms: SwitchKMS) -> None:
     store(kms).open(engine)
     other = SwitchKMS(name="azure")
-    with pytest.raises(errors.ProviderMismatchError, match="'vault'.*'azure'"):
+    with pytest.raises(errors.ProviderMismatchError, match=r"'vault'.*'azure'"):
         store(other).open(engine)
     assert other.calls == {}
 
@@ -387,7 +390,7 @@ def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: 
         (3, "row_mac", "not base64"),
     ],
 )
-def test_an_altered_row_stops_the_boot_before_the_kms_is_asked(  # noqa: PLR0917 - two are fixtures
+def test_an_altered_row_stops_the_boot_before_the_kms_is_asked(
     engine: Engine, store: Any, kms: SwitchKMS, row_id: int, column: str, value: Any
 ) -> None:
     store(kms).open(engine)
@@ -699,3 +702,12 @@ def test_neither_representation_nor_log_shows_a_secret(
         raw = hidden.encode() if isinstance(hidden, str) else hidden
         for form in (str(hidden), repr(hidden), raw.hex(), b64encode(raw).decode()):
             assert form not in shown
+
+
+def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    key_store = store(kms)
+    secret = BootstrapSecret.from_secret(SECRET)
+    for held in (key_store, key_store.open(engine).keyring, secret, MacKey(secret.mac_key), kms):
+        for operation in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot be pickled or copied"):
+                operation(held)

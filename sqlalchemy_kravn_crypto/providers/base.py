@@ -11,6 +11,7 @@ from threading import Thread
 from typing import ClassVar, Final, TypeVar, cast
 
 from ..exceptions import ProviderError, ProviderResponseError, ProviderUnavailableError
+from ..secrecy import KeepsSecret
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Deadline:
         return left
 
 
-class KeyProvider(ABC):
+class KeyProvider(KeepsSecret, ABC):
     """Wraps and unwraps data keys under one master key of one KMS.
 
     A provider keeps no connection between calls and is safe to call from several threads at once. It raises only

@@ -1,0 +1,103 @@
+"""The parts import downwards only, and importing the package brings in nothing that a process may not need."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "sqlalchemy_kravn_crypto"
+PACKAGE = "sqlalchemy_kravn_crypto"
+
+RUNGS = {
+    "derivation.py": 0,
+    "exceptions.py": 0,
+    "secrecy.py": 0,
+    "aead.py": 1,
+    "bootstrap.py": 1,
+    "ciphertext.py": 1,
+    "codecs.py": 1,
+    "providers/base.py": 1,
+    "providers/extras.py": 1,
+    "schema.py": 1,
+    "columns.py": 2,
+    "keyring.py": 2,
+    "providers/transport.py": 2,
+    "rows.py": 2,
+    "context.py": 3,
+    "keystore.py": 3,
+    "providers/azure.py": 3,
+    "providers/vault.py": 3,
+    "types.py": 4,
+    "alembic_plugin.py": 5,
+    "migrate.py": 5,
+    "settings.py": 5,
+    "boot.py": 6,
+    "demo.py": 7,
+    "cli.py": 8,
+}
+FACADES = {"__init__.py", "__main__.py", "providers/__init__.py"}
+"""What only passes on names of others. They may import any module, and no module imports them."""
+
+NEVER_AT_IMPORT = {"alembic", "azure", "hvac", "pydantic", "pydantic_settings", "requests", "rich", "typer"}
+
+
+def module_name(file: str) -> str:
+    """Return the dotted name of a file of the package."""
+    return f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+
+
+FILES = {module_name(file): file for file in {*RUNGS, *FACADES}}
+
+
+def own_imports(file: str) -> set[str]:
+    """Return the files of the package that a file imports, inside of functions and for the type checker, too."""
+    imported: set[str] = set()
+    parent = module_name(f"{file.rpartition('/')[0]}/__init__.py".lstrip("/"))
+    for node in ast.walk(ast.parse((SOURCE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), parent)
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            imported.update(submodules & FILES.keys())
+            if not submodules <= FILES.keys():
+                imported.add(module)
+    return {FILES.get(name, name) for name in imported if name.split(".")[0] == PACKAGE}
+
+
+def test_every_module_has_a_rung() -> None:
+    assert {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")} == {*RUNGS, *FACADES}
+
+
+@pytest.mark.parametrize("file", RUNGS)
+def test_imports_only_from_lower_rungs(file: str) -> None:
+    assert {name for name in own_imports(file) if name not in RUNGS or RUNGS[name] >= RUNGS[file]} == set()
+
+
+def test_sees_every_way_to_import() -> None:
+    assert own_imports("__init__.py") >= {"boot.py", "exceptions.py"}
+    assert own_imports("cli.py") >= {"boot.py", "demo.py", "exceptions.py"}
+    assert own_imports("providers/vault.py") >= {"exceptions.py", "providers/base.py"}
+
+
+def test_architecture_page_has_the_same_rungs() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    documented: dict[str, int] = {}
+    for rung, files in re.findall(r"^\| *(\d+) *\|([^|]*)\|", page, flags=re.MULTILINE):
+        for file in re.findall(r"`([\w/]+\.py)`", files):
+            assert file not in documented, f"{file} has two rungs"
+            documented[file] = int(rung)
+    assert documented == RUNGS
+
+
+def test_importing_the_package_imports_no_more_than_it_needs() -> None:
+    program = f"import sys, {PACKAGE}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    imported = output.split()
+    assert PACKAGE in imported
+    assert NEVER_AT_IMPORT.isdisjoint(imported)
