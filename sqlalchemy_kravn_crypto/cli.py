@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import importlib
 import json
@@ -19,10 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Engine, MetaData, create_engine
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.util import greenlet_spawn
 
-from . import boot, demo, migrate
+from . import boot
 from .exceptions import ConfigurationError, KravnCryptoError
 from .rows import StoredRows
 from .schema import State
@@ -89,6 +86,11 @@ def _with_engine(url: str, function: Callable[[Engine], T]) -> T:
         finally:
             engine.dispose()
 
+    import asyncio  # noqa: PLC0415 - slow to import, and most commands do without
+
+    from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - as above
+    from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - as above
+
     async def in_greenlet() -> T:
         asynchronous = create_async_engine(url)
         try:
@@ -108,10 +110,12 @@ def _migrate(
     debug: Debug = False,  # noqa: ARG001 - read by the decorator
 ) -> None:
     """Create or upgrade the tables of the key store. Safe to run twice."""
+    from .migrate import migrate, print_sql  # noqa: PLC0415 - Alembic is slow to import, and the others do without
+
     if sql:
-        migrate.print_sql(url)
+        print_sql(url)
         return
-    _with_engine(url, migrate.migrate)
+    _with_engine(url, migrate)
     typer.echo("The tables of the key store are up to date.")
 
 
@@ -166,7 +170,9 @@ def _status(
 @_reporting
 def _demo(*, debug: Debug = False) -> None:  # noqa: ARG001 - read by the decorator
     """Show the main job on an embedded SQLite, with no KMS. Needs no settings and leaves nothing behind."""
-    demo.run(typer.echo)
+    from .demo import run  # noqa: PLC0415 - its models are of no use to the others
+
+    run(typer.echo)
 
 
 def print_provisioned(rows: StoredRows) -> None:
