@@ -233,7 +233,7 @@ class VaultProvider(KeyProvider):
     def _not_found(self) -> MasterKeyNotFoundError:
         return MasterKeyNotFoundError(
             f"The Vault at {self._address} has no master key {self._master_key}. Check KRAVN_KMS_VAULT_KEY, "
-            "KRAVN_KMS_VAULT_MOUNT and KRAVN_KMS_VAULT_NAMESPACE, or create the key: bao write -f "
+            "KRAVN_KMS_VAULT_MOUNT and KRAVN_KMS_VAULT_NAMESPACE, or create the key: vault write -f "
             f"{self._mount}/keys/{self._key}",
             provider=self.name,
         )
