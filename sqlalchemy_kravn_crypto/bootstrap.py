@@ -5,6 +5,7 @@ The secret is ``KRAVN_SECRET`` or, without one, the file ``secret.key`` in the d
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import stat
@@ -18,6 +19,8 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from .derivation import KEY_SIZE, expand
 from .exceptions import SecretFileError
 from .secrecy import KeepsSecret
+
+logger = logging.getLogger(__name__)
 
 MIN_SECRET_LENGTH: Final = 16
 """A shorter ``KRAVN_SECRET``, in characters, is refused."""
@@ -135,6 +138,8 @@ def _create(path: Path) -> None:
         return
     except OSError as error:
         reason = error.strerror
+    else:
+        logger.warning("created %s; back it up: without it, what is encrypted under it is lost", path)
     if reason is not None:
         raise SecretFileError(
             f"{path} cannot be created: {reason}. Set KRAVN_SECRET, or let KRAVN_DATA_DIR be a directory that this "

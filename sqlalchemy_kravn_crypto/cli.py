@@ -190,7 +190,9 @@ def _print_status(found: boot.Status, console: Console) -> None:
     typer.echo(f"epoch:         {'none yet' if found.epoch is None else found.epoch}")
     typer.echo(f"secret.key:    {found.secret_file or 'unknown'}")
     if console.is_terminal:
-        table = Table("data key", "state", "provider", "master key", "since")
+        table = Table()
+        for heading in ("data key", "state", "provider", "master key", "since"):
+            table.add_column(heading, no_wrap=heading != "master key", overflow="fold")
         for key in found.keys:
             table.add_row(key.key_id, key.state, key.provider, key.master_key, _time(key.since))
         console.print(table)
@@ -206,7 +208,7 @@ def _print_status(found: boot.Status, console: Console) -> None:
 
 
 def _time(moment: datetime | None) -> str:
-    return "" if moment is None else moment.isoformat(timespec="seconds")
+    return "" if moment is None else f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _import_metadata(path: str) -> MetaData:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -39,7 +41,8 @@ def run(say: Callable[[str], None]) -> None:
     :raises AlreadyConfiguredError: if the process is already configured.
     """
     with TemporaryDirectory() as directory:
-        settings = Settings(kms_provider=Provider.NONE, secret=None, data_dir=Path(directory), deployment_id=None)
+        secret = SecretStr(secrets.token_hex(32))
+        settings = Settings(kms_provider=Provider.NONE, secret=secret, data_dir=Path(directory), deployment_id=None)
         engine = create_engine(f"sqlite:///{directory}/demo.db")
         try:
             migrate(engine)
