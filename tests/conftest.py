@@ -1,0 +1,19 @@
+"""What every test has: the servers' fixtures, and a process that was never configured."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+pytest_plugins = ["tests.fixtures_postgres", "tests.fixtures_kms"]
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in list(os.environ):
+        if name.startswith("KRAVN_") or name == "DATABASE_URL":
+            monkeypatch.delenv(name)
+    yield
+    from sqlalchemy_kravn_crypto import reset
+
+    reset()
