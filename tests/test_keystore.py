@@ -44,6 +44,10 @@ from sqlalchemy_kravn_crypto.types import EncryptedJSON
 from tests.switch_kms import SwitchKMS
 
 SECRET = "correct horse battery staple, and forty more characters"
+ROOT = bytes(range(32))  # what secret.key holds, for all tests but those of KRAVN_SECRET: stretching that takes long
+    range(32)
+)  # what secret.key holds, for all tests that are not about KRAVN_SECRET: stretching it takes long
+BOOTSTRAP = BootstrapSecret._from_root("file", ROOT)
 NAME = ColumnName("plugin.credentials")
 KEYS = TABLES.keys
 
@@ -62,11 +66,19 @@ def kms() -> SwitchKMS:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Callable[..., KeyStore]:
+def secret_key(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.key"
+    path.write_text(ROOT.hex())
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def store(secret_key: Path) -> Callable[..., KeyStore]:
     """Make key stores as processes with different settings would."""
 
-    def make(provider: SwitchKMS | None = None, *, secret: str | None = SECRET, **settings: Any) -> KeyStore:
-        return KeyStore(provider=provider, secret=secret, secret_file=tmp_path / "secret.key", **settings)
+    def make(provider: SwitchKMS | None = None, *, secret: str | None = None, **settings: Any) -> KeyStore:
+        return KeyStore(provider=provider, secret=secret, secret_file=secret_key, **settings)
 
     return make
 
@@ -89,48 +101,45 @@ def tamper(engine: Engine, row_id: int, **values: Any) -> None:
 
 
 def test_the_first_boot_in_mode_none_records_the_bootstrap_key_as_primary(engine: Engine, store: Any) -> None:
-    opened = store().open(engine)
+    opened = store(secret=SECRET).open(engine)
     control, row = stored(engine)
     assert (control["id"], control["state"], control["epoch"]) == (1, "control", 1)
     assert uuid.UUID(control["deployment_id"]).version == 4
-    assert (row["provider"], row["master_key"], row["state"], row["primary_of"]) == (
-        "none",
-        "secret",
-        "primary",
-        "default",
-    )
+    recorded = (row["provider"], row["master_key"], row["state"], row["primary_of"])
+    assert recorded == ("none", "secret", "primary", "default")
     assert row["wrapped_key"] is None
     assert row["key_id"] == opened.keyring.primary_key_id
     assert b64decode(row["key_check"]) == DataKey(BootstrapSecret.from_secret(SECRET).data_key).check
 
 
 def test_without_a_secret_the_bootstrap_key_comes_from_a_file_that_is_made_once(
-    engine: Engine, store: Any, tmp_path: Path
+    engine: Engine, store: Any, secret_key: Path
 ) -> None:
-    first = store(secret=None).open(engine)
-    assert len((tmp_path / "secret.key").read_text().strip()) == 64
+    secret_key.unlink()
+    first = store().open(engine)
+    assert len(secret_key.read_text().strip()) == 64
     assert stored(engine)[1]["master_key"] == "file"
-    assert store(secret=None).open(engine).keyring.primary_key_id == first.keyring.primary_key_id
+    assert store().open(engine).keyring.primary_key_id == first.keyring.primary_key_id
 
 
-def test_no_file_is_made_once_a_key_is_on_record(engine: Engine, store: Any, tmp_path: Path) -> None:
-    store(secret=None).open(engine)
-    (tmp_path / "secret.key").unlink()
+def test_no_file_is_made_once_a_key_is_on_record(engine: Engine, store: Any, secret_key: Path) -> None:
+    store().open(engine)
+    secret_key.unlink()
     with pytest.raises(errors.BootstrapKeyError, match="missing"):
-        store(secret=None).open(engine)
-    assert not (tmp_path / "secret.key").exists()
+        store().open(engine)
+    assert not secret_key.exists()
 
 
 def test_another_secret_than_the_recorded_one_stops_the_boot(engine: Engine, store: Any) -> None:
-    store().open(engine)
+    store(secret=SECRET).open(engine)
     with pytest.raises(errors.BootstrapKeyError, match="another than the one on record"):
         store(secret="another secret of sufficient length").open(engine)
 
 
 def test_a_secret_where_a_file_is_on_record_stops_the_boot(engine: Engine, store: Any) -> None:
-    store(secret=None).open(engine)
+    store().open(engine)
     with pytest.raises(errors.BootstrapKeyError, match=r"came from secret\.key"):
-        store().open(engine)
+        store(secret=SECRET).open(engine)
 
 
 # --- A KMS ----------------------------------------------------------------------------------------------------------
@@ -182,19 +191,21 @@ def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(engine: Engin
 
 
 def test_without_a_secret_the_kms_also_wraps_the_key_of_the_row_macs(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: SwitchKMS, secret_key: Path
 ) -> None:
-    store(kms, secret=None).open(engine)
+    secret_key.unlink()
+    store(kms).open(engine)
     assert kms.calls["wrap"] == 2
     control = stored(engine)[0]
     assert control["provider"] == "vault"
     assert control["wrapped_key"]
+    assert not secret_key.exists()
     kms.calls.clear()
-    store(kms, secret=None).open(engine)
+    store(kms).open(engine)
     assert kms.calls == {"unwrap": 2}
     tamper(engine, 2, closing="now")
     with pytest.raises(errors.RowAuthenticationError, match="altered"):
-        store(kms, secret=None).open(engine)
+        store(kms).open(engine)
 
 
 def test_a_boot_that_may_not_provision_says_what_to_run(engine: Engine, store: Any, kms: SwitchKMS) -> None:
@@ -304,11 +315,14 @@ def test_another_master_key_of_the_same_provider_is_refused(engine: Engine, stor
     assert kms.calls == {}
 
 
-def test_the_bootstrap_secret_is_still_needed_after_adoption(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_the_bootstrap_secret_is_still_needed_after_adoption(
+    engine: Engine, store: Any, kms: SwitchKMS, secret_key: Path
+) -> None:
     store().open(engine)
     store(kms).open(engine)
+    secret_key.unlink()
     with pytest.raises(errors.BootstrapKeyError, match="missing"):
-        store(kms, secret=None).open(engine)
+        store(kms).open(engine)
 
 
 def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store: Any, kms: SwitchKMS) -> None:
@@ -326,9 +340,8 @@ def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(
 ) -> None:
     bootstrap = store().open(engine).keyring.primary_key_id
     control, row = stored(engine)
-    mac_key = BootstrapSecret.from_secret(SECRET).mac_key
     pending = row | {"id": 3, "key_id": "00" * 8, "state": "pending", "primary_of": None, "provider": "vault"}
-    _write_signed(engine, mac_key, [control, row, pending])
+    _write_signed(engine, BOOTSTRAP.mac_key, [control, row, pending])
     assert store().open(engine).keyring.key_ids == {bootstrap}
 
 
@@ -367,7 +380,7 @@ def _write_signed(engine: Engine, mac_key: bytes, rows: list[dict[str, Any]]) ->
 def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: Any, kms: SwitchKMS) -> None:
     store(kms).open(engine)
     control, *keys = stored(engine)
-    mac_key = BootstrapSecret.from_secret(SECRET).mac_key
+    mac_key = BOOTSTRAP.mac_key
     assert [row["row_mac"] for row in keys] == [_mac(mac_key, row, []) for row in keys]
     assert control["row_mac"] == _mac(mac_key, control, [row["row_mac"] for row in keys])
 
@@ -452,40 +465,42 @@ def test_a_planted_key_is_refused_even_if_the_kms_would_unwrap_it(engine: Engine
 
 
 @pytest.fixture
-def oaep() -> SwitchKMS:
+def oaep(secret_key: Path) -> SwitchKMS:
+    """Give a KMS that authenticates nothing, to a deployment without a secret."""
+    secret_key.unlink()
     return SwitchKMS(name="azure", authenticates=False, binds=False)
 
 
 def test_a_boot_does_not_provision_what_nothing_would_authenticate(engine: Engine, store: Any, oaep: SwitchKMS) -> None:
     with pytest.raises(errors.NotProvisionedError, match="KRAVN_KMS_PINNED_KEYS"):
-        store(oaep, secret=None).open(engine)
+        store(oaep).open(engine)
     assert stored(engine) == []
 
 
 def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not(
     engine: Engine, store: Any, oaep: SwitchKMS
 ) -> None:
-    rows = store(oaep, secret=None).provision(engine, pin_later=True)
+    rows = store(oaep).provision(engine, pin_later=True)
     (key,) = rows.keys
     assert [row["row_mac"] for row in stored(engine)] == [None, None]
-    assert store(oaep, secret=None, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
+    assert store(oaep, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
     with pytest.raises(errors.RowAuthenticationError, match="KRAVN_KMS_PINNED_KEYS"):
-        store(oaep, secret=None).open(engine)
+        store(oaep).open(engine)
     with pytest.raises(errors.UnpinnedKeyError) as caught:
-        store(oaep, secret=None, pinned=frozenset({"00" * 8})).open(engine)
+        store(oaep, pinned=frozenset({"00" * 8})).open(engine)
     assert caught.value.key_id == key.key_id
 
 
 def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
     engine: Engine, store: Any, oaep: SwitchKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (key,) = store(oaep, secret=None).provision(engine, pin_later=True).keys
+    (key,) = store(oaep).provision(engine, pin_later=True).keys
     _, row = stored(engine)
     with engine.begin() as connection:
         planted = row | {"id": 3, "key_id": "ab" * 8, "state": "pending", "primary_of": None}
         connection.execute(insert(KEYS).values(planted))
     with caplog.at_level(logging.WARNING):
-        opened = store(oaep, secret=None, pinned=frozenset({key.key_id})).open(engine)
+        opened = store(oaep, pinned=frozenset({key.key_id})).open(engine)
     assert opened.keyring.key_ids == {key.key_id}
     assert "ab" * 8 in caplog.text
 
@@ -539,7 +554,7 @@ def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: Sw
 def test_values_under_the_bootstrap_key_and_empty_columns_do_not_stop_it(
     engine: Engine, store: Any, kms: SwitchKMS
 ) -> None:
-    key = DataKey(BootstrapSecret.from_secret(SECRET).data_key)
+    key = DataKey(BOOTSTRAP.data_key)
     frame = Keyring(key).encrypt(b"\x01{}", NAME)
     columns = _table_with(engine, frame, BINARY)
     missing_table = Table("nowhere", MetaData(), Column("x", EncryptedJSON))
@@ -693,7 +708,7 @@ def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any
 def test_neither_representation_nor_log_shows_a_secret(
     engine: Engine, store: Any, kms: SwitchKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key_store = store(kms)
+    key_store = store(kms, secret=SECRET)
     with caplog.at_level(logging.DEBUG):
         opened = key_store.open(engine)
     secret = BootstrapSecret.from_secret(SECRET)
@@ -706,8 +721,7 @@ def test_neither_representation_nor_log_shows_a_secret(
 
 def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, store: Any, kms: SwitchKMS) -> None:
     key_store = store(kms)
-    secret = BootstrapSecret.from_secret(SECRET)
-    for held in (key_store, key_store.open(engine).keyring, secret, MacKey(secret.mac_key), kms):
+    for held in (key_store, key_store.open(engine).keyring, BOOTSTRAP, MacKey(BOOTSTRAP.mac_key), kms):
         for operation in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="cannot be pickled or copied"):
                 operation(held)
