@@ -45,8 +45,6 @@ from tests.switch_kms import SwitchKMS
 
 SECRET = "correct horse battery staple, and forty more characters"
 ROOT = bytes(range(32))  # what secret.key holds, for all tests but those of KRAVN_SECRET: stretching that takes long
-    range(32)
-)  # what secret.key holds, for all tests that are not about KRAVN_SECRET: stretching it takes long
 BOOTSTRAP = BootstrapSecret._from_root("file", ROOT)
 NAME = ColumnName("plugin.credentials")
 KEYS = TABLES.keys
