@@ -1,7 +1,13 @@
-"""One replica of the race: configures on a signal, writes a row, and reads everybody's on another."""
+"""The replicas of the race: processes that configure on a signal, write a row, and read everybody's on another.
+
+Run as a program with the database's URL and the descriptors of one socket for each replica. It imports once and forks,
+so that what takes time is the race.
+"""
 
 import json
 import os
+import signal
+import socket
 import sys
 from typing import Any
 
@@ -10,6 +16,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure
 from sqlalchemy_kravn_crypto.context import current_keyring
+from sqlalchemy_kravn_crypto.providers import vault
+from sqlalchemy_kravn_crypto.settings import Settings
+
+IMPORTED_BEFORE_THE_FORK = (vault, Settings)
 
 
 class Base(DeclarativeBase):
@@ -23,28 +33,40 @@ class Note(Base):
     content: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
 
 
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-def main(url: str) -> None:
+def race(url: str, channel: Any) -> None:
+    """Be one replica; a line on the channel is a signal, a line back is what was found."""
     arguments: dict[str, Any] = {"application_name": f"replica-{os.getpid()}"}
     if make_url(url).get_backend_name() == "sqlite":
         arguments = {"timeout": 60}
     engine = create_engine(url, connect_args=arguments)
-    say("ready")
-    sys.stdin.readline()
+
+    def say(line: str) -> None:
+        channel.write(f"{line}\n")
+        channel.flush()
+
+    say(str(os.getpid()))
+    channel.readline()
     configure(engine)
     with Session(engine) as session:
         session.add(Note(id=os.getpid(), content={"from": os.getpid()}))
         session.commit()
     say(current_keyring().primary_key_id)
-    sys.stdin.readline()
+    channel.readline()
     with Session(engine) as session:
         notes = session.scalars(select(Note)).all()
         say(json.dumps(sorted(note.content["from"] for note in notes if note.content["from"] == note.id)))
 
 
+def main(url: str, descriptors: list[int]) -> None:
+    """Fork one replica for each socket and wait for all."""
+    for descriptor in descriptors:
+        if os.fork() == 0:
+            with socket.socket(fileno=descriptor) as connection:
+                race(url, connection.makefile("rw"))
+            os._exit(0)
+        os.close(descriptor)
+    signal.pause()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], [int(argument) for argument in sys.argv[2:]])

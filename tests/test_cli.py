@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from sqlalchemy_kravn_crypto.cli import print_provisioned
 from sqlalchemy_kravn_crypto.keystore import KeyStore
@@ -112,18 +112,17 @@ def test_provision_looks_for_old_data_in_the_models_that_it_is_told_of(
 ) -> None:
     (tmp_path / "app_models.py").write_text(MODELS)
     run("migrate", "--url", sqlite_url)
-    engine = create_engine(sqlite_url)
+    engine = create_engine(sqlite_url, poolclass=NullPool)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE plugin (id INTEGER PRIMARY KEY, credentials BLOB)"))
         connection.execute(text("INSERT INTO plugin VALUES (1, x'4d41524b4552')"))
-    engine.dispose()
     arguments = ("provision", "--metadata", "app_models:Base")
     fails(run(*arguments, url=sqlite_url, SECRET=SECRET), "plugin.credentials", "not encrypted")
     fails(run("provision", url=sqlite_url, SECRET=SECRET), "--metadata", "--new-database")
     fails(run("provision", "--metadata", "app_models:Nope", url=sqlite_url, SECRET=SECRET), "app_models:Nope")
     fails(run("provision", "--metadata", "nowhere:Base", url=sqlite_url, SECRET=SECRET), "nowhere")
     fails(run("provision", "--metadata", "app_models:Plugin.id", url=sqlite_url, SECRET=SECRET), "Plugin.id")
-    with create_engine(sqlite_url).begin() as connection:
+    with engine.begin() as connection:
         connection.execute(text("DELETE FROM plugin"))
     assert run(*arguments, url=sqlite_url, SECRET=SECRET).returncode == 0
 

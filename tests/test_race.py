@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine, text
 
+from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.migrate import migrate
 from tests.openbao import OpenBao
 from tests.race_worker import Base
@@ -22,54 +24,61 @@ REPLICAS = 12
 WORKER = Path(__file__).with_name("race_worker.py")
 SECRET = "twelve replicas share this one secret"
 
-Replica = subprocess.Popen[str]
+
+class Replica:
+    """One process of the race."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._channel = connection.makefile("rw")
+        self.pid = int(self.answer())
+
+    def go(self) -> None:
+        self._channel.write("go\n")
+        self._channel.flush()
+
+    def answer(self) -> str:
+        return self._channel.readline().strip()
+
+    def close(self) -> None:
+        self._channel.close()
 
 
 @contextmanager
 def replicas(url: str, variables: dict[str, str], directory: Path) -> Iterator[list[Replica]]:
-    """Start the processes and wait until each has imported what it needs."""
+    """Start the processes, and end them all."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
     environment |= {f"KRAVN_{name}": value for name, value in variables.items()}
-    command = [sys.executable, str(WORKER), url]
-    started = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    with ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(REPLICAS)]
+        theirs = [stack.enter_context(pair[1]) for pair in pairs]
+        ours = [stack.enter_context(pair[0]) for pair in pairs]
+        descriptors = [channel.fileno() for channel in theirs]
+        program = subprocess.Popen(
+            [sys.executable, str(WORKER), url, *map(str, descriptors)],
+            pass_fds=descriptors,
             env=environment,
             cwd=directory,
+            start_new_session=True,
         )
-        for _ in range(REPLICAS)
-    ]
-    try:
+        stack.callback(program.wait)
+        stack.callback(os.killpg, program.pid, signal.SIGKILL)
+        for channel in theirs:
+            channel.close()
+        started = [Replica(channel) for channel in ours]
         for replica in started:
-            assert answer(replica) == "ready"
+            stack.callback(replica.close)
         yield started
-    finally:
-        for replica in started:
-            replica.kill()
-            replica.communicate()
-
-
-def go(replica: Replica) -> None:
-    assert replica.stdin is not None
-    replica.stdin.write("go\n")
-    replica.stdin.flush()
-
-
-def answer(replica: Replica) -> str:
-    assert replica.stdout is not None
-    return replica.stdout.readline().strip()
 
 
 def outcome(survivors: list[Replica], engine: Engine) -> None:
     """See that all agree on one key and read what all of them wrote."""
-    assert len({answer(replica) for replica in survivors} - {""}) == 1
+    key_ids = {replica.answer() for replica in survivors}
+    assert len(key_ids) == 1
+    assert "" not in key_ids
     pids = sorted(replica.pid for replica in survivors)
     for replica in survivors:
-        go(replica)
-    assert [json.loads(answer(replica)) for replica in survivors] == [pids] * len(pids)
+        replica.go()
+    assert [json.loads(replica.answer()) for replica in survivors] == [pids] * len(pids)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM kms_keys WHERE state = 'primary'")) == 1
 
@@ -119,7 +128,20 @@ def test_twelve_processes_wrap_one_key_once(engine: Engine, openbao: OpenBao, ma
     url = engine.url.render_as_string(hide_password=False)
     with replicas(url, vault(openbao, openbao.address, master_key), tmp_path) as started:
         for replica in started:
-            go(replica)
+            replica.go()
+        outcome(started, engine)
+    assert openbao.count(f"transit/encrypt/{master_key}") == 1
+
+
+def test_twelve_processes_adopt_a_kms_with_one_wrap(
+    engine: Engine, openbao: OpenBao, master_key: str, tmp_path: Path
+) -> None:
+    """Here the control row is there already, so that not even inserting it keeps them apart."""
+    KeyStore(provider=None, secret=SECRET, secret_file=tmp_path / "secret.key").open(engine)
+    url = engine.url.render_as_string(hide_password=False)
+    with replicas(url, vault(openbao, openbao.address, master_key), tmp_path) as started:
+        for replica in started:
+            replica.go()
         outcome(started, engine)
     assert openbao.count(f"transit/encrypt/{master_key}") == 1
 
@@ -136,7 +158,7 @@ def test_killing_the_holder_of_the_lock_costs_one_more_wrap_at_most(
     try:
         with replicas(postgres_url, vault(openbao, proxy.address, master_key), tmp_path) as started:
             for replica in started:
-                go(replica)
+                replica.go()
             killed = lock_holder(engine, proxy, asked_before)
             os.kill(killed, signal.SIGKILL)
             proxy.release()
@@ -150,6 +172,6 @@ def test_twelve_processes_without_a_secret_make_one_file_and_one_key(engine: Eng
     url = engine.url.render_as_string(hide_password=False)
     with replicas(url, {}, tmp_path) as started:
         for replica in started:
-            go(replica)
+            replica.go()
         outcome(started, engine)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["secret.key"]
