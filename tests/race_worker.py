@@ -59,11 +59,13 @@ def race(url: str, channel: Any) -> None:
 
 def main(url: str, descriptors: list[int]) -> None:
     """Fork one replica for each socket and wait for all."""
-    for descriptor in descriptors:
+    for number, descriptor in enumerate(descriptors):
         if os.fork() == 0:
-            with socket.socket(fileno=descriptor) as connection:
-                race(url, connection.makefile("rw"))
-            os._exit(0)
+            for others in descriptors[number + 1 :]:
+                os.close(others)  # or a replica that ends would not be seen to
+            with socket.socket(fileno=descriptor) as connection, connection.makefile("rw") as channel:
+                race(url, channel)
+            sys.exit()
         os.close(descriptor)
     signal.pause()
 
