@@ -36,6 +36,7 @@ SECRET_FILE_NAME: Final = "secret.key"  # noqa: S105 - a name
 
 _SALT: Final = b"sqlalchemy-kravn-crypto/bootstrap/v1"
 _SECRET_FILE_SIZE: Final = 2 * KEY_SIZE
+_MAX_FILE_SIZE: Final = 4096  # bytes that are looked at: more than the content, so that what follows it shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def _read(path: Path) -> bytes | None:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            content = file.read(_SECRET_FILE_SIZE + 2).strip()
+            content = file.read(_MAX_FILE_SIZE).strip()
     except FileNotFoundError:
         return None
     except OSError as error:

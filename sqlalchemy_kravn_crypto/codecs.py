@@ -11,10 +11,10 @@ A payload starts with one byte that names its kind, so that a value of one kind 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from math import isfinite
 from re import compile as compile_pattern
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import orjson
 from sqlalchemy import JSON
@@ -42,6 +42,14 @@ _ORJSON_OPTIONS: Final = (
 _BUILTINS: Final[tuple[type[Any], ...]] = (dict, list, str, int, float)
 
 _PLAIN_KEY: Final = compile_pattern(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
+
+
+def _refuse_constant(_: str) -> NoReturn:
+    """Refuse NaN and the infinities, which Python's decoder takes for JSON."""
+    raise ValueError
+
+
+_BIG_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class Codec(Protocol):
@@ -77,14 +85,13 @@ class JSONCodec:
         """
         if value is JSON.NULL:
             return _JSON + b"null"
-        encoded = None
+        encoded, equal = b"", False
         try:
             encoded = orjson.dumps(value, _builtin, _ORJSON_OPTIONS)
-        except TypeError:
-            encoded = None
-        if encoded is not None and orjson.loads(encoded) == value:
-            return _JSON + encoded
-        return _BIG_JSON + _encode_big(value)
+            equal = orjson.loads(encoded) == value
+        except Exception:  # noqa: BLE001 - a value's own class may raise anything, and SQLAlchemy would print the row
+            equal = False
+        return _JSON + encoded if equal else _BIG_JSON + _encode_big(value)
 
     def decode(self, payload: bytes) -> Any:
         """Return the value of a payload.
@@ -96,7 +103,7 @@ class JSONCodec:
             if kind == _JSON_KIND:
                 return orjson.loads(payload[1:])
             if kind == _BIG_JSON_KIND:
-                return json.loads(payload[1:])
+                return _BIG_DECODER.decode(payload[1:].decode())
         except (ValueError, RecursionError):
             kind = None
         if kind is None:
@@ -118,39 +125,57 @@ def _builtin(value: Any) -> Any:
 
 def _encode_big(value: Any) -> bytes:
     """Encode what orjson did not, or say what in it cannot be stored, and where."""
-    _refuse_unstorable(value, "$", 0)
-    encoded = None
+    error, encoded, equal = None, "", False
     try:
-        encoded = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        if json.loads(encoded) != value:
-            encoded = None
-    except (TypeError, ValueError, RecursionError):
-        encoded = None
-    if encoded is None:
-        raise _unstorable("$", value, "would not come back equal")
+        error = _first_unstorable(value)
+        if error is None:
+            encoded = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+            equal = json.loads(encoded) == value
+    except Exception:  # noqa: BLE001 - as above; RecursionError among them, where the caller's stack is deep already
+        equal = False
+    if not equal:
+        raise error or _unstorable("$", value, "would not come back equal")
     return encoded.encode()
 
 
-def _refuse_unstorable(value: Any, path: str, depth: int) -> None:
-    """Raise for the first part of a value that JSON has no equal for."""
-    if isinstance(value, (dict, list)) and depth == MAX_DEPTH:
-        raise UnstorableValueError(
-            f"The value is nested more than {MAX_DEPTH} levels deep, or contains itself; it is not stored.",
-            type_name=type(value).__name__,
-        )
-    if isinstance(value, dict):
-        _refuse_unstorable_items(value, path, depth)
-    elif isinstance(value, list):
+def _first_unstorable(value: Any) -> UnstorableValueError | None:
+    """Return the error for the first part of a value that JSON has no equal for; without recursion."""
+    levels = [iter([("$", value, _why_unstorable(value))])]
+    while levels:
+        for path, part, reason in levels[-1]:
+            if reason:
+                return _unstorable(path, part, reason)
+            if isinstance(part, (dict, list)):
+                if len(levels) > MAX_DEPTH:
+                    return UnstorableValueError(
+                        f"The value is nested more than {MAX_DEPTH} levels deep, or contains itself; it is not stored.",
+                        type_name=type(part).__name__,
+                    )
+                levels.append(_parts(path, part))
+                break
+        else:
+            levels.pop()
+    return None
+
+
+def _parts(path: str, value: dict[Any, Any] | list[Any]) -> Iterator[tuple[str, Any, str]]:
+    """Return where each part of a dict or list is, the part, and why it cannot be stored if it cannot."""
+    if isinstance(value, list):
         for index, item in enumerate(value):
-            _refuse_unstorable(item, f"{path}[{index}]", depth + 1)
-    else:
-        reason = _why_unstorable(value)
-        if reason:
-            raise _unstorable(path, value, reason)
+            yield f"{path}[{index}]", item, _why_unstorable(item)
+        return
+    for key, item in value.items():
+        if type(key) is not str:
+            yield path, key, "is a key, and JSON's keys are text; convert it first"
+        elif not _is_unicode(key):
+            yield path, key, "is a key with a lone surrogate, which is no Unicode text"
+        else:
+            # A key that is not shaped like a name may be data itself, so it does not go into an error.
+            yield f"{path}.{key}" if _PLAIN_KEY(key) else f'{path}["…"]', item, _why_unstorable(item)
 
 
 def _why_unstorable(value: Any) -> str:
-    """Say why JSON has no equal for a value that is neither dict nor list; empty if it has one."""
+    """Say why JSON has no equal for a value, leaving out what is in a dict or list; empty if it has one."""
     reason = ""
     if value is JSON.NULL:
         reason = "stands for a whole column; use None inside of a value"
@@ -160,19 +185,9 @@ def _why_unstorable(value: Any) -> str:
         reason = "" if value.bit_length() <= MAX_INTEGER_BITS else f"has more than {MAX_INTEGER_BITS:,} bits"
     elif isinstance(value, float):
         reason = "" if isfinite(value) else "is NaN or infinite, which JSON cannot express"
-    elif value is not None:
+    elif value is not None and not isinstance(value, (dict, list)):
         reason = "would not come back equal from JSON; convert it first"
     return reason
-
-
-def _refuse_unstorable_items(value: Mapping[Any, Any], path: str, depth: int) -> None:
-    for key, item in value.items():
-        if type(key) is not str:
-            raise _unstorable(path, key, "is a key, and JSON's keys are text; convert it first")
-        if not _is_unicode(key):
-            raise _unstorable(path, key, "is a key with a lone surrogate, which is no Unicode text")
-        # A key that is not shaped like a name may be data itself, so it does not go into an error.
-        _refuse_unstorable(item, f"{path}.{key}" if _PLAIN_KEY(key) else f'{path}["…"]', depth + 1)
 
 
 def _unstorable(path: str, value: Any, reason: str) -> UnstorableValueError:

@@ -10,6 +10,7 @@ from sqlalchemy import Column, Connection, inspect, select, type_coerce
 from sqlalchemy.types import LargeBinary, Text
 
 from .ciphertext import from_text
+from .exceptions import MalformedCiphertextError
 
 BINARY: Final = "binary"
 TEXT: Final = "text"
@@ -49,7 +50,23 @@ class EncryptedColumn:
         value: Any = connection.execute(select(stored).where(self.column.is_not(None)).limit(1)).scalar()
         if value is None:
             return None
-        return from_text(value) if self.storage == TEXT else bytes(value)
+        return frame_of(value, self.storage, self.label)
+
+
+def frame_of(stored: Any, storage: str, label: str | None) -> bytes:
+    """Return the frame of what the database returned for a column.
+
+    :raises MalformedCiphertextError: if it is not of the storage's type, or no canonical text.
+    """
+    if storage == TEXT:
+        if isinstance(stored, str):
+            return from_text(stored)
+    elif isinstance(stored, (bytes, bytearray, memoryview)):
+        return bytes(stored)
+    raise MalformedCiphertextError(
+        f"The database returned a {type(stored).__name__} for {label}, whose storage is {storage}. Does the column in "
+        "the database have the type that the migration gave it?"
+    )
 
 
 def register(column: Column[Any]) -> None:

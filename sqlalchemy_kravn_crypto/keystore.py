@@ -110,8 +110,8 @@ class KeyStore(KeepsSecret):
         if not self._provisioned(rows):
             if not self.may_provision:
                 raise NotProvisionedError(
-                    f"The key store holds no data key of provider {self.provider_name!r} yet. The first process to start "
-                    "makes it; where KRAVN_KMS_PROVISION=never, `kravn-crypto provision` does."
+                    f"The key store holds no data key of provider {self.provider_name!r} yet. The first process to "
+                    "start makes it; where KRAVN_KMS_PROVISION=never, `kravn-crypto provision` does."
                 )
             rows = self.provision(engine, columns, secret=secret, blocking=blocking)
             secret = secret or BootstrapSecret.from_file(self.secret_file)

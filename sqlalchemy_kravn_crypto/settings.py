@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from .bootstrap import MIN_SECRET_LENGTH, SECRET_FILE_NAME, STRONG_SECRET_LENGTH
 from .derivation import KEY_ID_SIZE
 from .exceptions import SettingsError
+from .secrecy import KeepsSecret
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,11 @@ class Provision(StrEnum):
     NEVER = "never"
 
 
-class Settings(BaseSettings):
+class Settings(KeepsSecret, BaseSettings):
     """All settings. Each is read from the environment variable of its name, in capitals, behind ``KRAVN_``.
 
     Given in code they are named without the prefix, as in ``Settings(kms_provider="vault")``; what is not given comes
-    from the environment. Printing one shows no secret.
+    from the environment. Printing one shows no secret, and it cannot be pickled.
 
     :raises SettingsError: if one is missing, misspelt, malformed or too weak; the message names it.
     """
@@ -190,7 +191,7 @@ class _SecretFiles(PydanticBaseSettingsSource):
         """Return what the file of one setting holds."""
         if field_name not in SECRETS:
             return None, field_name, False
-        path = os.environ.get(f"{variable(field_name)}_FILE")
+        path = _from_environment(f"{variable(field_name)}_FILE")
         return (_read_secret(field_name, Path(path)) if path else None), field_name, False
 
     def __call__(self) -> dict[str, Any]:
@@ -199,8 +200,13 @@ class _SecretFiles(PydanticBaseSettingsSource):
         return {name: value for name, value in found.items() if value is not None}
 
 
+def _from_environment(name: str) -> str | None:
+    """Return a variable's value as pydantic does: in capitals or not, and not if it is empty."""
+    return next((value for found, value in os.environ.items() if value and found.upper() == name), None)
+
+
 def _read_secret(name: str, path: Path) -> str:
-    if os.environ.get(variable(name)):
+    if _from_environment(variable(name)):
         raise SettingsError(f"{variable(name)} and {variable(name)}_FILE are both set. Unset one of them.")
     reason, content = None, ""
     try:
@@ -254,7 +260,7 @@ def _described(details: Mapping[str, Any]) -> str:
         return f"{name} is no setting"
     if details["type"] == "enum":
         return f"{name} must be {details['ctx']['expected']}"
-    if details["type"] == "uuid_parsing":
+    if str(details["type"]).startswith("uuid"):
         return f"{name} must be a UUID"
     message = str(details["msg"]).removeprefix("Value error, ")
     return f"{name}: {message[:1].lower()}{message[1:]}"

@@ -14,11 +14,11 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import SchemaEventTarget
 from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine
 
-from .ciphertext import ColumnName, from_text, to_text
+from .ciphertext import ColumnName, to_text
 from .codecs import Codec, JSONCodec
-from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, register, registered
+from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register, registered
 from .context import current_keyring
-from .exceptions import ColumnError, MalformedCiphertextError
+from .exceptions import ColumnError
 
 # Text is compared byte by byte, since base64 tells letters from capitals. MySQL's own types for the two end at 64 KiB.
 _MYSQL_TEXT: Final = mysql.LONGTEXT(charset="ascii", collation="ascii_bin")
@@ -59,6 +59,8 @@ class EncryptedType(TypeDecorator[Any]):
 
     impl = LargeBinary
     cache_ok = True
+    hashable = False
+    """Values may be dicts and lists, so ``unique()`` tells rows apart by identity, as with ``sqlalchemy.JSON``."""
 
     _codec: ClassVar[Codec]
 
@@ -106,9 +108,12 @@ class EncryptedType(TypeDecorator[Any]):
 
     @property
     def _static_cache_key(self) -> Any:
-        # The column's name decides how values are processed, so statements that differ in it must not share processors.
+        # Name and storage decide how values are processed, so statements that differ in them must not share processors.
+        # Of the parameters SQLAlchemy looks at the positional ones only.
         key = super()._static_cache_key
-        return (*key, ("column_name", self.column_name)) if isinstance(key, tuple) else key
+        if not isinstance(key, tuple):
+            return key
+        return (*key, ("column_name", self.column_name), ("storage", self.storage))
 
     def __repr__(self) -> str:
         parameters = [] if self.associated_data is None else [repr(self.associated_data)]
@@ -120,8 +125,8 @@ class EncryptedType(TypeDecorator[Any]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of the stored value on one database."""
-        stored = _STORED.get((self.storage, dialect.name)) or _STORED[self.storage, ""]
-        return dialect.type_descriptor(stored)
+        # Not adapted to the driver: SQLAlchemy does that for parameters, and in DDL it would make VARCHAR of TEXT.
+        return _STORED.get((self.storage, dialect.name)) or _STORED[self.storage, ""]
 
     def with_variant(self, type_: Any, *dialect_names: str) -> NoReturn:
         """Refuse: a variant would store plaintext on its database."""
@@ -152,7 +157,8 @@ class EncryptedType(TypeDecorator[Any]):
         if value is None:
             return None
         keyring = current_keyring()
-        return self._codec.decode(keyring.decrypt(self._frame(value), self._name()))
+        frame = frame_of(value, self.storage, self.column_name)
+        return self._codec.decode(keyring.decrypt(frame, self._name()))
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:  # noqa: ARG002 - fixed
         """Refuse to render a value into SQL text.
@@ -162,17 +168,6 @@ class EncryptedType(TypeDecorator[Any]):
         raise ColumnError(
             f"A value of {self.column_name or 'an encrypted column'} cannot be rendered into SQL text; pass it as a "
             "bound parameter (without literal_binds)."
-        )
-
-    def _frame(self, value: Any) -> bytes:
-        if self.storage == TEXT:
-            if isinstance(value, str):
-                return from_text(value)
-        elif isinstance(value, (bytes, bytearray, memoryview)):
-            return bytes(value)
-        raise MalformedCiphertextError(
-            f"The database returned a {type(value).__name__} for {self.column_name}, whose storage is {self.storage}. "
-            "Does the column in the database have the type that the migration gave it?"
         )
 
     def _name(self) -> ColumnName:

@@ -1,0 +1,497 @@
+"""The settings: every one is read, none is guessed, and no value of one is ever shown."""
+
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import SecretStr
+
+from sqlalchemy_kravn_crypto.exceptions import SettingsError
+from sqlalchemy_kravn_crypto.settings import Provider, Provision, Settings, known_variables, unknown_variables
+from tests.leaks import leaked
+
+MARKER = "S3CR3T" + "-marker-that-is-long-enough"
+SECRET = "correct horse battery staple, and more"
+DEPLOYMENT_ID = "5f0c6f0e-58f7-4a6b-9d6c-1f0a0f0a0f0a"
+
+VAULT = {
+    "KRAVN_KMS_PROVIDER": "vault",
+    "KRAVN_KMS_VAULT_ADDR": "https://vault.example:8200",
+    "KRAVN_KMS_VAULT_TOKEN": MARKER,
+    "KRAVN_KMS_VAULT_KEY": "kravn",
+}
+AZURE = {
+    "KRAVN_KMS_PROVIDER": "azure",
+    "KRAVN_KMS_AZURE_VAULT_URL": "https://example.vault.azure.net",
+    "KRAVN_KMS_AZURE_KEY": "kravn/0123",
+    "KRAVN_KMS_AZURE_TENANT_ID": "tenant",
+    "KRAVN_KMS_AZURE_CLIENT_ID": "client",
+    "KRAVN_KMS_AZURE_CLIENT_SECRET": MARKER,
+}
+SECRET_VARIABLES = ["KRAVN_SECRET", "KRAVN_KMS_VAULT_TOKEN", "KRAVN_KMS_AZURE_CLIENT_SECRET"]
+
+Environment = Callable[..., None]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    def set_all(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def plain(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "written", "expected"),
+    [
+        ("KRAVN_SECRET", SECRET, SECRET),
+        ("KRAVN_DATA_DIR", "/srv/kravn", Path("/srv/kravn")),
+        ("KRAVN_DEPLOYMENT_ID", DEPLOYMENT_ID, UUID(DEPLOYMENT_ID)),
+        ("KRAVN_KMS_PROVIDER", "none", Provider.NONE),
+        ("KRAVN_KMS_PROVISION", "never", Provision.NEVER),
+        ("KRAVN_KMS_PROVISION", "auto", Provision.AUTO),
+        ("KRAVN_KMS_TIMEOUT", "2.5", 2.5),
+        ("KRAVN_KMS_TIMEOUT", "120", 120.0),
+        ("KRAVN_KMS_PINNED_KEYS", "0123456789abcdef", {"0123456789abcdef"}),
+        ("KRAVN_KMS_PINNED_KEYS", "0123456789abcdef,ff" + "0" * 14, {"0123456789abcdef", "ff00000000000000"}),
+        ("KRAVN_KMS_PINNED_KEYS", " 0123456789abcdef ,\tff" + "0" * 14, {"0123456789abcdef", "ff00000000000000"}),
+        ("KRAVN_KMS_VAULT_ADDR", "https://vault:8200", "https://vault:8200"),
+        ("KRAVN_KMS_VAULT_TOKEN", "token", "token"),
+        ("KRAVN_KMS_VAULT_KEY", "key", "key"),
+        ("KRAVN_KMS_VAULT_NAMESPACE", "team/a", "team/a"),
+        ("KRAVN_KMS_VAULT_MOUNT", "keys", "keys"),
+        ("KRAVN_KMS_VAULT_CA_BUNDLE", "/etc/ca.pem", Path("/etc/ca.pem")),
+        ("KRAVN_KMS_AZURE_VAULT_URL", "https://v.vault.azure.net", "https://v.vault.azure.net"),
+        ("KRAVN_KMS_AZURE_KEY", "name/version", "name/version"),
+        ("KRAVN_KMS_AZURE_TENANT_ID", "tenant", "tenant"),
+        ("KRAVN_KMS_AZURE_CLIENT_ID", "client", "client"),
+        ("KRAVN_KMS_AZURE_CLIENT_SECRET", "client secret", "client secret"),
+        ("KRAVN_KMS_AZURE_CA_BUNDLE", "ca.pem", Path("ca.pem")),
+    ],
+)
+def test_each_variable_is_read(environment: Environment, variable: str, written: str, expected: Any) -> None:
+    environment({variable: written})
+    settings = Settings.from_environment()
+    assert plain(getattr(settings, variable.removeprefix("KRAVN_").lower())) == expected
+    assert variable in known_variables()
+    # What is not set is what it is without an environment.
+    others = settings.model_dump(exclude={variable.removeprefix("KRAVN_").lower()})
+    assert others == {name: DEFAULTS[name] for name in others}
+
+
+DEFAULTS: dict[str, Any] = {
+    "secret": None,
+    "data_dir": Path("data"),
+    "deployment_id": None,
+    "kms_provider": Provider.NONE,
+    "kms_provision": Provision.AUTO,
+    "kms_timeout": 10.0,
+    "kms_pinned_keys": frozenset(),
+    "kms_vault_addr": None,
+    "kms_vault_token": None,
+    "kms_vault_key": None,
+    "kms_vault_namespace": None,
+    "kms_vault_mount": "transit",
+    "kms_vault_ca_bundle": None,
+    "kms_azure_vault_url": None,
+    "kms_azure_key": None,
+    "kms_azure_tenant_id": None,
+    "kms_azure_client_id": None,
+    "kms_azure_client_secret": None,
+    "kms_azure_ca_bundle": None,
+}
+
+
+def test_defaults_are_those_of_an_empty_environment() -> None:
+    assert Settings.from_environment().model_dump() == DEFAULTS
+    assert Settings.from_environment().weaknesses() == []
+
+
+def test_empty_variable_is_one_that_is_not_set(environment: Environment) -> None:
+    environment(dict.fromkeys(known_variables(), ""))
+    assert Settings.from_environment().model_dump() == DEFAULTS
+
+
+@pytest.mark.parametrize("variables", [VAULT, AZURE], ids=["vault", "azure"])
+def test_provider_with_all_that_it_needs_is_accepted(environment: Environment, variables: dict[str, str]) -> None:
+    environment(variables)
+    settings = Settings.from_environment()
+    for name, value in variables.items():
+        assert plain(getattr(settings, name.removeprefix("KRAVN_").lower())) == value
+
+
+def test_white_space_around_a_value_is_not_part_of_it(environment: Environment) -> None:
+    environment({"KRAVN_SECRET": f" {SECRET}\n", "KRAVN_KMS_VAULT_ADDR": " https://vault "})
+    settings = Settings.from_environment()
+    assert plain(settings.secret) == SECRET
+    assert settings.kms_vault_addr == "https://vault"
+
+
+def test_secret_file_is_in_the_data_directory_from_the_root(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings.from_environment().secret_file == tmp_path / "data" / "secret.key"
+    environment({"KRAVN_DATA_DIR": "elsewhere"})
+    assert Settings.from_environment().secret_file == tmp_path / "elsewhere" / "secret.key"
+    environment({"KRAVN_DATA_DIR": "/srv"})
+    assert Settings.from_environment().secret_file == Path("/srv/secret.key")
+
+
+# --- Given in code ---------------------------------------------------------------------------------------------------
+
+
+def test_given_in_code_comes_before_the_environment(environment: Environment) -> None:
+    environment({"KRAVN_KMS_TIMEOUT": "3", "KRAVN_KMS_VAULT_MOUNT": "keys", "KRAVN_SECRET": "environment" + SECRET})
+    settings = Settings(kms_timeout=4, secret=SECRET)
+    assert settings.kms_timeout == 4
+    assert settings.kms_vault_mount == "keys"
+    assert plain(settings.secret) == SECRET
+
+
+def test_given_in_code_with_types_of_their_own() -> None:
+    settings = Settings(
+        secret=SecretStr(SECRET),
+        data_dir=Path("/srv"),
+        deployment_id=UUID(DEPLOYMENT_ID),
+        kms_provider=Provider.NONE,
+        kms_provision=Provision.NEVER,
+        kms_pinned_keys={"0123456789abcdef"},
+    )
+    assert plain(settings.secret) == SECRET
+    assert settings.kms_pinned_keys == {"0123456789abcdef"}
+    assert settings.deployment_id == UUID(DEPLOYMENT_ID)
+
+
+def test_unknown_name_in_code_is_refused() -> None:
+    with pytest.raises(SettingsError, match="KRAVN_KMS_VALUT_ADDR is no setting") as caught:
+        Settings(kms_valut_addr=MARKER)
+    assert leaked(caught.value, MARKER) == []
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = Settings(secret=SECRET)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.kms_timeout = 3
+    assert settings.kms_timeout == 10
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def set_up(variable: str) -> dict[str, str]:
+    """Return what else must be set so that one secret is all that is missing."""
+    return {
+        name: value
+        for variables in (VAULT, AZURE)
+        if variable in variables
+        for name, value in variables.items()
+        if name != variable
+    }
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.lower], ids=["capitals", "small letters"])
+@pytest.mark.parametrize("variable", SECRET_VARIABLES)
+def test_secret_is_read_from_a_file(
+    environment: Environment, tmp_path: Path, variable: str, spell: Callable[[str], str]
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"  grün {MARKER}\n\n", encoding="utf-8")
+    environment({**set_up(variable), spell(f"{variable}_FILE"): str(file)})
+    settings = Settings.from_environment()
+    assert plain(getattr(settings, variable.removeprefix("KRAVN_").lower())) == f"grün {MARKER}"
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.lower], ids=["capitals", "small letters"])
+@pytest.mark.parametrize("variable", SECRET_VARIABLES)
+def test_both_forms_of_a_secret_are_refused(
+    environment: Environment, tmp_path: Path, variable: str, spell: Callable[[str], str]
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(MARKER)
+    environment({**set_up(variable), f"{variable}_FILE": str(file), spell(variable): MARKER})
+    with pytest.raises(SettingsError, match=rf"{variable} and {variable}_FILE are both set") as caught:
+        Settings.from_environment()
+    assert leaked(caught.value, MARKER) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(None, "No such file or directory", id="missing"),
+        pytest.param(b"", "it is empty", id="empty"),
+        pytest.param(b" \r\n\t ", "it is empty", id="blank"),
+        pytest.param(MARKER.encode() + b"\xff\xfe", "it is not UTF-8 text", id="not UTF-8"),
+        pytest.param(MARKER.encode("utf-16"), "it is not UTF-8 text", id="UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("variable", SECRET_VARIABLES)
+def test_file_that_cannot_be_used_is_refused(
+    environment: Environment, tmp_path: Path, variable: str, content: bytes | None, reason: str
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    environment({**set_up(variable), f"{variable}_FILE": str(file)})
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    for part in (f"{variable}_FILE", str(file), reason):
+        assert part in str(caught.value)
+    assert leaked(caught.value, MARKER) == []
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+def test_directory_is_no_file_of_a_secret(environment: Environment, tmp_path: Path) -> None:
+    environment({"KRAVN_SECRET_FILE": str(tmp_path)})
+    with pytest.raises(SettingsError, match="Is a directory"):
+        Settings.from_environment()
+
+
+# --- Strength --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", ["a", "x" * 15, "ü" * 15, " " + "x" * 15 + " "], ids=len)
+def test_short_secret_is_refused(environment: Environment, secret: str) -> None:
+    environment({"KRAVN_SECRET": secret})
+    for made in (Settings.from_environment, lambda: Settings(secret=secret)):
+        with pytest.raises(SettingsError, match=r"KRAVN_SECRET is too short.*16 characters"):
+            made()
+
+
+@pytest.mark.parametrize("length", [16, 31])
+def test_weak_secret_is_accepted_with_a_warning_of_its_own(length: int) -> None:
+    (weakness,) = Settings(secret="x" * length).weaknesses()
+    assert "KRAVN_SECRET has fewer than 32 characters" in weakness
+    assert "xx" not in weakness
+
+
+def test_strong_secret_has_no_weakness() -> None:
+    assert Settings(secret="x" * 32).weaknesses() == []
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("KRAVN_SECRT", "KRAVN_SECRET"),
+        ("KRAVN_SECRETS", "KRAVN_SECRET"),
+        ("KRAVN_SECRET_FIL", "KRAVN_SECRET_FILE"),
+        ("KRAVN_SECRETFILE", "KRAVN_SECRET_FILE"),
+        ("KRAVN_DATADIR", "KRAVN_DATA_DIR"),
+        ("KRAVN_DEPLOYMENTID", "KRAVN_DEPLOYMENT_ID"),
+        ("KRAVN_KMS_PROVIDERS", "KRAVN_KMS_PROVIDER"),
+        ("KRAVN_KMS_PROVDER", "KRAVN_KMS_PROVIDER"),
+        ("KRAVN_KMSPROVIDER", "KRAVN_KMS_PROVIDER"),
+        ("KRAVN_KMS_VALUT_ADDR", "KRAVN_KMS_VAULT_ADDR"),
+        ("KRAVN_KMS_VAULT_ADDRESS", "KRAVN_KMS_VAULT_ADDR"),
+        ("KRAVN_KMS_VAULT_TOKN", "KRAVN_KMS_VAULT_TOKEN"),
+        ("KRAVN_KMS_AZURE_TENANT", "KRAVN_KMS_AZURE_TENANT_ID"),
+        ("kravn_kms_azure_client_secrt", "KRAVN_KMS_AZURE_CLIENT_SECRET"),
+    ],
+)
+def test_misspelt_name_is_refused_and_both_are_named(environment: Environment, written: str, meant: str) -> None:
+    environment({written: MARKER})
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    assert f"{written} is no setting. Did you mean {meant}?" in str(caught.value)
+    assert leaked(caught.value, MARKER) == []
+
+
+@pytest.mark.parametrize("name", ["KRAVN_COLOUR", "KRAVN_LOG_LEVEL", "KRAVN_", "KRAVN_SERVICE", "kravn_something_else"])
+def test_unknown_name_is_warned_of(environment: Environment, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    environment({name: MARKER})
+    with caplog.at_level(logging.WARNING, "sqlalchemy_kravn_crypto"):
+        Settings.from_environment()
+    (record,) = caplog.records
+    assert name in record.getMessage()
+    assert MARKER not in record.getMessage()
+    assert unknown_variables({name: MARKER}) == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "KRAVN_SERVICE_HOST",
+        "KRAVN_SERVICE_PORT",
+        "KRAVN_SERVICE_PORT_HTTP",
+        "KRAVN_PORT",
+        "KRAVN_PORT_8200_TCP",
+        "KRAVN_PORT_8200_TCP_PROTO",
+        "KRAVN_PORT_8200_TCP_PORT",
+        "KRAVN_PORT_8200_TCP_ADDR",
+        "KRAVN_DB_SERVICE_HOST",
+        "KRAVN_DB_SERVICE_PORT_POSTGRES",
+        "KRAVN_DB_PORT",
+        "KRAVN_DB_PORT_5432_TCP_ADDR",
+    ],
+)
+def test_what_kubernetes_sets_for_a_service_is_ignored(
+    environment: Environment, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    environment({name: "tcp://10.0.0.1:8200"})
+    with caplog.at_level(logging.DEBUG, "sqlalchemy_kravn_crypto"):
+        assert Settings.from_environment().model_dump() == DEFAULTS
+    assert caplog.records == []
+    assert unknown_variables({name: ""}) == []
+
+
+def test_no_known_name_is_unknown_and_all_of_the_others_are_listed() -> None:
+    known = dict.fromkeys(known_variables(), "")
+    assert unknown_variables(known) == []
+    assert {f"{name}_FILE" for name in SECRET_VARIABLES} <= known.keys()
+    assert {name.removeprefix("KRAVN_").lower() for name in known if not name.endswith("_FILE")} == DEFAULTS.keys()
+    assert unknown_variables({**known, "KRAVN_B": "", "KRAVN_A": "", "PATH": "", "XKRAVN_A": ""}) == [
+        "KRAVN_A",
+        "KRAVN_B",
+    ]
+
+
+# --- What is missing or wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", [VAULT, AZURE], ids=["vault", "azure"])
+def test_all_that_a_provider_misses_is_named(environment: Environment, variables: dict[str, str]) -> None:
+    required = [name for name in variables if name != "KRAVN_KMS_PROVIDER"]
+    environment({"KRAVN_KMS_PROVIDER": variables["KRAVN_KMS_PROVIDER"]})
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    assert [name for name in required if name not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "missing"),
+    [(variables, name) for variables in (VAULT, AZURE) for name in variables if name != "KRAVN_KMS_PROVIDER"],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_only_what_a_provider_misses_is_named(
+    environment: Environment, variables: dict[str, str], missing: str
+) -> None:
+    environment({name: value for name, value in variables.items() if name != missing})
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    assert str(caught.value) == f"KRAVN_KMS_PROVIDER={variables['KRAVN_KMS_PROVIDER']} also needs {missing}."
+    assert leaked(caught.value, MARKER) == []
+
+
+@pytest.mark.parametrize("blank", ["", "  "], ids=["empty", "blank"])
+def test_blank_value_is_missing(environment: Environment, blank: str) -> None:
+    environment({**VAULT, "KRAVN_KMS_VAULT_TOKEN": blank})
+    with pytest.raises(SettingsError, match=r"also needs KRAVN_KMS_VAULT_TOKEN\."):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KRAVN_DEPLOYMENT_ID", MARKER),
+        ("KRAVN_DEPLOYMENT_ID", f"{{{MARKER}}}"),
+        ("KRAVN_KMS_PROVIDER", MARKER),
+        ("KRAVN_KMS_PROVIDER", f"vault {MARKER}"),
+        ("KRAVN_KMS_PROVISION", MARKER),
+        ("KRAVN_KMS_TIMEOUT", MARKER),
+        ("KRAVN_KMS_TIMEOUT", f"10 {MARKER}"),
+        ("KRAVN_KMS_PINNED_KEYS", MARKER),
+        ("KRAVN_KMS_PINNED_KEYS", f"0123456789abcdef,{MARKER}"),
+        ("KRAVN_SECRET", MARKER[:10]),
+    ],
+)
+@pytest.mark.parametrize("in_code", [False, True], ids=["environment", "code"])
+def test_bad_value_is_refused_by_name_and_never_quoted(
+    environment: Environment, variable: str, value: str, *, in_code: bool
+) -> None:
+    # A neighbour's secret is not quoted, either.
+    environment({"KRAVN_KMS_VAULT_TOKEN": MARKER + "-neighbour"})
+    given: dict[str, Any] = {}
+    if in_code:
+        given = {variable.removeprefix("KRAVN_").lower(): value}
+    else:
+        environment({variable: value})
+    with pytest.raises(SettingsError, match=variable) as caught:
+        Settings(**given)
+    assert leaked(caught.value, MARKER[:8]) == []
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "120.1", "nan", "inf", "-inf", "1e9"])
+def test_timeout_is_bounded(environment: Environment, number: str) -> None:
+    environment({"KRAVN_KMS_TIMEOUT": number})
+    with pytest.raises(SettingsError, match="KRAVN_KMS_TIMEOUT"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("key_id", ["0123456789ABCDEF", "0123456789abcde", "0123456789abcdef0", "0123456789abcdeg"])
+def test_pinned_keys_are_key_ids(environment: Environment, key_id: str) -> None:
+    environment({"KRAVN_KMS_PINNED_KEYS": key_id})
+    with pytest.raises(SettingsError, match="KRAVN_KMS_PINNED_KEYS: must be key ids of 16 lower-case") as caught:
+        Settings.from_environment()
+    assert leaked(caught.value, key_id) == []
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "kms_pinned_keys"])
+def test_value_of_a_wrong_type_is_refused_by_name_and_never_quoted(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"KRAVN_{name.upper()}") as caught:
+        Settings(**{name: {"nested": [MARKER]}})
+    assert leaked(caught.value, MARKER) == []
+    assert caught.value.__context__ is None
+
+
+def test_all_that_is_wrong_is_said_at_once(environment: Environment) -> None:
+    environment({"KRAVN_KMS_TIMEOUT": MARKER, "KRAVN_DEPLOYMENT_ID": MARKER, "KRAVN_KMS_PROVIDER": MARKER})
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    for name in ("KRAVN_KMS_TIMEOUT", "KRAVN_DEPLOYMENT_ID", "KRAVN_KMS_PROVIDER"):
+        assert name in str(caught.value)
+    assert leaked(caught.value, MARKER) == []
+
+
+# --- Nothing is shown ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["environment", "file", "code"])
+def test_settings_show_no_secret(environment: Environment, tmp_path: Path, source: str) -> None:
+    secrets = {name: f"{MARKER} of {name}" for name in SECRET_VARIABLES}
+    given: dict[str, Any] = {}
+    if source == "environment":
+        environment(secrets)
+    elif source == "file":
+        for name, value in secrets.items():
+            (tmp_path / name).write_text(value)
+            environment({f"{name}_FILE": str(tmp_path / name)})
+    else:
+        given = {name.removeprefix("KRAVN_").lower(): value for name, value in secrets.items()}
+    settings = Settings(**given)
+    for name, value in secrets.items():
+        assert plain(getattr(settings, name.removeprefix("KRAVN_").lower())) == value
+    shown = [
+        repr(settings),
+        str(settings),
+        f"{settings}",
+        settings.model_dump_json(),
+        repr(settings.model_dump()),
+        repr(settings.model_dump(mode="json")),
+        repr(vars(settings)),
+        repr(dict(settings)),
+    ]
+    assert [text for text in shown if MARKER in text] == []
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_settings_cannot_be_pickled(protocol: int) -> None:
+    with pytest.raises(TypeError, match="holds a secret"):
+        pickle.dumps(Settings(secret=SECRET), protocol)
