@@ -41,6 +41,7 @@ from sqlalchemy_kravn_crypto.keystore import KeyStore, binding
 from sqlalchemy_kravn_crypto.rows import MacKey
 from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
+from tests import reference
 from tests.switch_kms import SwitchKMS
 
 SECRET = "correct horse battery staple, and forty more characters"
@@ -177,11 +178,8 @@ def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(engine: Engin
     store(kms).open(engine)
     control, _, row = stored(engine)
 
-    def lp(value: bytes) -> bytes:
-        return len(value).to_bytes(4, "big") + value
-
-    bound = lp(b"sqlalchemy-kravn-crypto/wrap/v1") + lp(b"default")
-    bound += lp(control["deployment_id"].encode()) + lp(bytes.fromhex(row["key_id"]))
+    key_id = bytes.fromhex(row["key_id"])
+    bound = reference.lp(b"sqlalchemy-kravn-crypto/wrap/v1", b"default", control["deployment_id"].encode(), key_id)
     assert binding("default", control["deployment_id"], bytes.fromhex(row["key_id"])) == bound
     blob = b64decode(row["wrapped_key"])
     key = kms._aead.decrypt(blob[:12], blob[12:], bound)
@@ -352,18 +350,10 @@ def _mac(key: bytes, row: dict[str, Any], covered: list[str]) -> str:
     """Compute a row's MAC from the description of the format alone."""
 
     def lp(value: Any) -> bytes:
-        if value is None:
-            return b"\xff\xff\xff\xff"
-        encoded = str(value).encode()
-        return len(encoded).to_bytes(4, "big") + encoded
-
-    def expand(purpose: bytes) -> bytes:
-        domain = b"sqlalchemy-kravn-crypto/v1"
-        info = len(domain).to_bytes(4, "big") + domain + len(purpose).to_bytes(4, "big") + purpose
-        return hmac.digest(key, info + b"\x01", hashlib.sha256)
+        return b"\xff\xff\xff\xff" if value is None else reference.lp(str(value).encode())
 
     message = b"".join(lp(row[name]) for name in AUTHENTICATED) + b"".join(map(lp, covered))
-    return b64encode(expand(b"key-id")[:8] + hmac.digest(key, message, hashlib.sha256)).decode()
+    return b64encode(reference.key_id(key) + hmac.digest(key, message, hashlib.sha256)).decode()
 
 
 def _write_signed(engine: Engine, mac_key: bytes, rows: list[dict[str, Any]]) -> None:
