@@ -11,7 +11,7 @@ A payload starts with one byte that names its kind, so that a value of one kind 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import isfinite
 from re import compile as compile_pattern
 from typing import Any, Final, NoReturn, Protocol
@@ -39,7 +39,14 @@ _ORJSON_OPTIONS: Final = (
     orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 )
 
-_BUILTINS: Final[tuple[type[Any], ...]] = (dict, list, str, int, float)
+# By the methods of the builtin types themselves, since a subclass may convert itself to something else.
+_BUILTINS: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
+    (dict, dict),
+    (list, list),
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+)
 
 _PLAIN_KEY: Final = compile_pattern(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
 
@@ -117,9 +124,9 @@ class JSONCodec:
 def _builtin(value: Any) -> Any:
     """Return a subclass of one of JSON's types as that type, for orjson; refuse everything else."""
     if value is not JSON.NULL:
-        for builtin in _BUILTINS:
+        for builtin, converted in _BUILTINS:
             if isinstance(value, builtin):
-                return builtin(value)
+                return converted(value)
     raise TypeError
 
 

@@ -75,7 +75,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def project(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.syspath_prepend(tmp_path)
     name = tmp_path.name.replace("-", "_")
     yield Project(tmp_path, engine.url.render_as_string(hide_password=False), name)
     sys.modules.pop(f"models_of_{name}", None)

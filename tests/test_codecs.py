@@ -494,3 +494,23 @@ def test_arbitrary_payload_decodes_or_is_refused(tail: bytes, kind: bytes) -> No
         int if payload[0] == 0x02 else lambda text: int(text) if -(2**63) <= int(text) < 2**64 else float(text)
     )
     assert json.loads(payload[1:].decode(), parse_int=read_integer) == value
+
+
+class _Text(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "something else"
+
+
+class _Number(int):
+    def __int__(self) -> int:
+        return 7
+
+    def __str__(self) -> str:
+        return "something else"
+
+
+def test_a_subclass_that_converts_itself_to_something_else_is_stored_as_what_it_is() -> None:
+    codec = JSONCodec()
+    assert codec.encode([_Text("a"), _Number(3)]) == b'\x01["a",3]'
