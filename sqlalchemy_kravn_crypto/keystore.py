@@ -144,7 +144,7 @@ class KeyStore(KeepsSecret):
             if before.keys:
                 self._check_before_adoption(before, secret, blocking)
             elif look_for_data:
-                _refuse_existing_data(connection, columns, secret)
+                _refuse_existing_data(connection, list(columns), secret)
             after = self._with_first_key(before, secret, blocking, pin_later=pin_later)
             write_rows(connection, before, after)
             connection.commit()
@@ -476,9 +476,14 @@ def _unwraps(provider: KeyProvider, wrapped: WrappedKey, bound: bytes, deadline:
 
 
 def _refuse_existing_data(
-    connection: Connection, columns: Iterable[EncryptedColumn], secret: BootstrapSecret | None
+    connection: Connection, columns: Sequence[EncryptedColumn], secret: BootstrapSecret | None
 ) -> None:
     """Refuse to fill an empty key store over values under a key that is lost: a fresh key would hide the loss."""
+    if not columns:
+        logger.warning(
+            "the key store is empty, and no encrypted column is declared yet that could hold values under a lost key; "
+            "import the models before configure()"
+        )
     bootstrap_key_id = None if secret is None else DataKey(secret.data_key).key_id
     for column in columns:
         key_id = None

@@ -1,5 +1,6 @@
 """The key store on both databases, with a KMS that misbehaves on demand."""
 
+import asyncio
 import copy
 import hashlib
 import hmac
@@ -31,6 +32,8 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
@@ -42,6 +45,7 @@ from sqlalchemy_kravn_crypto.rows import MacKey
 from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
 from tests import reference
+from tests.fixtures_postgres import asynchronous
 from tests.switch_kms import SwitchKMS
 
 SECRET = "correct horse battery staple, and forty more characters"
@@ -539,6 +543,16 @@ def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: Sw
     assert "MARKER" not in "".join(traceback.format_exception(caught.value))
 
 
+def test_a_first_boot_that_knows_of_no_encrypted_column_says_so(
+    engine: Engine, store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store().open(engine)
+    assert "import the models before" in caplog.text
+    caplog.clear()
+    store().open(engine)
+    assert caplog.text == ""
+
+
 def test_values_under_the_bootstrap_key_and_empty_columns_do_not_stop_it(
     engine: Engine, store: Any, kms: SwitchKMS
 ) -> None:
@@ -562,14 +576,25 @@ def test_a_missing_table_says_what_to_run(database_url: str, store: Any) -> None
     engine.dispose()
 
 
-def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+@pytest.mark.parametrize("driver", ["synchronous", "asynchronous"])
+def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: SwitchKMS, driver: str) -> None:
+    def boot(waiting: Engine) -> None:
+        store(SwitchKMS(), timeout=0.2).open(waiting)
+
+    async def boot_asynchronously() -> None:
+        waiting = create_async_engine(asynchronous(engine.url.render_as_string(hide_password=False)))
+        try:
+            await greenlet_spawn(boot, waiting.sync_engine)
+        finally:
+            await waiting.dispose()
+
     kms.hangs.clear()
     first = threading.Thread(target=lambda: store(kms).open(engine))
     first.start()
     while not kms.calls["wrap"]:
         first.join(0.01)
     with pytest.raises(errors.KeyStoreLockedError, match=r"more than 0\.8 seconds"):
-        store(SwitchKMS(), timeout=0.2).open(engine)
+        boot(engine) if driver == "synchronous" else asyncio.run(boot_asynchronously())
     kms.hangs.set()
     first.join()
     assert states(engine)[-1] == ("vault", "primary")
