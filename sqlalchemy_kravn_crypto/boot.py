@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .context import is_configured, publish
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
-from .keystore import Blocking, KeyStore, Opened, run_here
+from .keystore import KeyStore, Opened
 from .rows import KeyRow, StoredRows, connect, read_rows
 from .types import encrypted_columns
+from .wrapping import Blocking, run_here
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
-from cryptography.hazmat.primitives.constant_time import bytes_eq
 from sqlalchemy import Connection, Engine
 
 from .bootstrap import BootstrapSecret
 from .ciphertext import parse
 from .columns import EncryptedColumn
-from .derivation import KEY_SIZE, key_id_of, length_prefixed
+from .derivation import KEY_SIZE, key_id_of
 from .exceptions import (
     BootstrapKeyError,
     DecryptionError,
@@ -24,12 +23,9 @@ from .exceptions import (
     ExistingDataError,
     MalformedRowError,
     NotProvisionedError,
-    ProviderDeniedError,
     ProviderMismatchError,
-    ProviderResponseError,
     RowAuthenticationError,
     UnpinnedKeyError,
-    UnwrapRefusedError,
     WrongKeyError,
 )
 from .keyring import DataKey, Keyring
@@ -37,34 +33,14 @@ from .providers.base import Deadline, KeyProvider, WrappedKey, run_within
 from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, to_base64, write_rows
 from .schema import CONTROL_ROW_ID, State
 from .secrecy import KeepsSecret
+from .wrapping import MAC_KEYRING, Blocking, checked_key, run_here, unwrapping, wrap
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 NO_PROVIDER: Final = "none"
 """The provider of the bootstrap key."""
 
-_MAC_KEYRING: Final = "row-mac"  # takes the keyring's place in the binding of a wrapped MAC key
-_WRAP_DOMAIN: Final = b"sqlalchemy-kravn-crypto/wrap/v1"
 _LIVE: Final = (State.PENDING, State.PRIMARY, State.RETIRED)
-
-
-class Blocking(Protocol):
-    """Runs a function that blocks, off the event loop where there is one."""
-
-    def __call__(self, function: Callable[[], T], /) -> T:
-        """Run it and return its result."""
-
-
-def run_here(function: Callable[[], T], /) -> T:
-    """Run a function right here: the :class:`Blocking` of a program without an event loop."""
-    return function()
-
-
-def binding(keyring: str, deployment_id: str, key_id: bytes) -> bytes:
-    """Return what a wrapped key is bound to in the KMS."""
-    return length_prefixed(_WRAP_DOMAIN, keyring.encode(), deployment_id.encode(), key_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +136,7 @@ class KeyStore(KeepsSecret):
         """
         if self.provider is not None:
             nowhere = KeyRow(id=CONTROL_ROW_ID, state=State.CONTROL, deployment_id=str(uuid.uuid4()))
-            self._wrapped(self.provider, os.urandom(KEY_SIZE), KEYRING, nowhere, blocking)
+            self._wrap(self.provider, os.urandom(KEY_SIZE), KEYRING, nowhere, blocking)
 
     # --- What is there -----------------------------------------------------------------------------------------------
 
@@ -181,9 +157,9 @@ class KeyStore(KeepsSecret):
         keys: dict[int, DataKey] = {}
         if wrapped and self.provider is not None:
             provider = self.provider
-            calls = [_unwrap_call(provider, row, control.required("deployment_id"), deadline) for row in wrapped]
+            calls = [unwrapping(provider, row, control.required("deployment_id"), deadline) for row in wrapped]
             unwrapped = blocking(lambda: run_within(deadline, provider.name, calls))
-            keys = {row.id: _checked_key(row, key) for row, key in zip(wrapped, unwrapped, strict=True)}
+            keys = {row.id: checked_key(row, key) for row, key in zip(wrapped, unwrapped, strict=True)}
         for row in live:
             if row.id not in keys and secret is not None:
                 keys[row.id] = DataKey(secret.data_key)
@@ -280,7 +256,7 @@ class KeyStore(KeepsSecret):
                 f"The key that authenticates kms_keys is wrapped by {control.provider!r} under {control.master_key!r}, "
                 f"but the settings name {self.provider_name!r}. Set the recorded KMS again."
             )
-        unwrap = _unwrap_call(provider, control, control.required("deployment_id"), deadline)
+        unwrap = unwrapping(provider, control, control.required("deployment_id"), deadline)
         key = blocking(lambda: run_within(deadline, provider.name, [unwrap]))[0]
         if len(key) != KEY_SIZE or key_id_of(key).hex() != control.key_check:
             raise WrongKeyError(
@@ -302,8 +278,7 @@ class KeyStore(KeepsSecret):
             else:
                 raise UnpinnedKeyError(
                     f"Data key {row.key_id} is {row.state.value}, but KRAVN_KMS_PINNED_KEYS does not name it. If you "
-                    "made it, "
-                    "add it there; if not, find out who writes to kms_keys.",
+                    "made it, add it there; if not, find out who writes to kms_keys.",
                     key_id=row.key_id or "",
                 )
         return loaded
@@ -343,7 +318,7 @@ class KeyStore(KeepsSecret):
             return control
         if provider.authenticates:
             key = os.urandom(KEY_SIZE)
-            wrapped = self._wrapped(provider, key, _MAC_KEYRING, control, blocking)
+            wrapped = self._wrap(provider, key, MAC_KEYRING, control, blocking)
             return replace(
                 control,
                 provider=provider.name,
@@ -362,7 +337,7 @@ class KeyStore(KeepsSecret):
     def _new_key_row(self, provider: KeyProvider, row_id: int, control: KeyRow, blocking: Blocking) -> KeyRow:
         key = os.urandom(KEY_SIZE)
         data_key = DataKey(key)
-        wrapped = self._wrapped(provider, key, KEYRING, control, blocking)
+        wrapped = self._wrap(provider, key, KEYRING, control, blocking)
         return KeyRow(
             id=row_id,
             keyring=KEYRING,
@@ -374,35 +349,11 @@ class KeyStore(KeepsSecret):
             key_check=to_base64(data_key.check),
         )
 
-    def _wrapped(
-        self, provider: KeyProvider, key: bytes, keyring: str, control: KeyRow, blocking: Blocking
-    ) -> WrappedKey:
-        """Wrap, and see that it unwraps to the same, and under another binding to nothing."""
-        deployment_id, key_id = control.required("deployment_id"), key_id_of(key)
-        bound = binding(keyring, deployment_id, key_id)
-
-        def within(operation: Callable[[Deadline], T]) -> T:
-            deadline = Deadline(self.timeout)
-            return blocking(lambda: run_within(deadline, provider.name, [lambda: operation(deadline)]))[0]
-
-        wrapped = within(lambda deadline: provider.wrap(key, bound, deadline))
-        if not bytes_eq(within(lambda deadline: provider.unwrap(wrapped, bound, deadline)), key):
-            raise WrongKeyError(
-                f"The {provider.name} KMS unwrapped the new data key to something else. It was not stored; check that "
-                "the "
-                "address is really that of your KMS.",
-                key_id=key_id.hex(),
-            )
-        if provider.binds:
-            other = binding(keyring, str(uuid.uuid4()), key_id)
-            if within(lambda deadline: _unwraps(provider, wrapped, other, deadline)):
-                raise ProviderResponseError(
-                    f"The {provider.name} KMS unwraps a data key under another binding than it wrapped it under. Use a "
-                    "master "
-                    "key of an authenticated type that takes associated data (Transit: aes256-gcm96).",
-                    provider=provider.name,
-                )
-        return wrapped
+    def _wrap(self, provider: KeyProvider, key: bytes, keyring: str, control: KeyRow, blocking: Blocking) -> WrappedKey:
+        deployment_id = control.required("deployment_id")
+        return wrap(
+            provider, key, keyring=keyring, deployment_id=deployment_id, timeout=self.timeout, blocking=blocking
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,45 +385,6 @@ def _bootstrap_row(row_id: int, secret: BootstrapSecret) -> KeyRow:
         master_key=secret.source,
         key_check=to_base64(key.check),
     )
-
-
-def _unwrap_call(provider: KeyProvider, row: KeyRow, deployment_id: str, deadline: Deadline) -> Callable[[], bytes]:
-    wrapped = WrappedKey(row.required("master_key"), row.decoded("wrapped_key"))
-    if row.state is State.CONTROL:
-        bound = binding(_MAC_KEYRING, deployment_id, _key_id(row, "key_check"))
-    else:
-        bound = binding(row.required("keyring"), deployment_id, _key_id(row, "key_id"))
-    return lambda: provider.unwrap(wrapped, bound, deadline)
-
-
-def _key_id(row: KeyRow, column: str) -> bytes:
-    try:
-        return bytes.fromhex(row.required(column))
-    except ValueError:
-        pass
-    raise MalformedRowError(
-        f"Row {row.id} of kms_keys has a {column} that is no key id. Restore the table from a backup."
-    )
-
-
-def _checked_key(row: KeyRow, key: bytes) -> DataKey:
-    data_key = DataKey(key) if len(key) == KEY_SIZE else None
-    if data_key is None or data_key.key_id.hex() != row.key_id or not data_key.matches(row.decoded("key_check")):
-        raise WrongKeyError(
-            f"The {row.provider} KMS returned another key than the data key {row.key_id} that was wrapped. Was the "
-            "master key "
-            "deleted and made anew, or is this another KMS of the same address? Restore the master key.",
-            key_id=row.key_id or "",
-        )
-    return data_key
-
-
-def _unwraps(provider: KeyProvider, wrapped: WrappedKey, bound: bytes, deadline: Deadline) -> bool:
-    try:
-        provider.unwrap(wrapped, bound, deadline)
-    except (UnwrapRefusedError, ProviderDeniedError):  # a policy that pins the associated data denies all other
-        return False
-    return True
 
 
 def _refuse_existing_data(

@@ -40,10 +40,11 @@ from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName
 from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, EncryptedColumn
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
-from sqlalchemy_kravn_crypto.keystore import KeyStore, binding
+from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.rows import MacKey
 from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
+from sqlalchemy_kravn_crypto.wrapping import binding
 from tests import reference
 from tests.fixtures_postgres import asynchronous
 from tests.switch_kms import SwitchKMS
