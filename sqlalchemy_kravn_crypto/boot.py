@@ -94,7 +94,9 @@ def reset() -> None:
 
 
 def provision(engine: Engine, settings: Settings | None = None, *, new_database: bool = False) -> StoredRows:
-    """Make the first data key by hand, where boots may not (``KRAVN_KMS_PROVISION=never``), unless it is there.
+    """Make the first data key by hand, where boots may not (``KRAVN_KMS_PROVISION=never``).
+
+    If it is there already, nothing is made, and the key store is opened to see whether it is as it should be.
 
     Import the models first: the encrypted columns that they declare are looked at for values under a lost key.
 
@@ -102,7 +104,10 @@ def provision(engine: Engine, settings: Settings | None = None, *, new_database:
     :return: the rows of the key store.
     """
     store = _key_store(settings or _settings())
-    return store.provision(engine, encrypted_columns(), look_for_data=not new_database, pin_later=True)
+    rows, made = store.provision(engine, encrypted_columns(), look_for_data=not new_database, pin_later=True)
+    if not made:
+        replace(store, may_provision=False).open(engine)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class KeyStore(KeepsSecret):
                     f"The key store holds no data key of provider {self.provider_name!r} yet. The first process to "
                     "start makes it; where KRAVN_KMS_PROVISION=never, `kravn-crypto provision` does."
                 )
-            rows = self.provision(engine, columns, secret=secret, blocking=blocking)
+            rows, _ = self.provision(engine, columns, secret=secret, blocking=blocking)
             secret = secret or BootstrapSecret.from_file(self.secret_file)
         return self._load(rows, secret, blocking)
 
@@ -102,13 +102,14 @@ class KeyStore(KeepsSecret):
         blocking: Blocking = run_here,
         look_for_data: bool = True,
         pin_later: bool = False,
-    ) -> StoredRows:
-        """Make the first data key of the configured provider, unless another process has done so, and return all rows.
+    ) -> tuple[StoredRows, bool]:
+        """Make the first data key of the configured provider, unless another process has done so.
 
         The lock is held meanwhile, so that however many processes start at once, one of them wraps.
 
         :param look_for_data: whether an encrypted column that already holds values stops it.
-        :param pin_later: whether rows that nothing authenticates may be written, for the operator to pin.
+        :param pin_later: whether a key may be made that no process loads before the operator has pinned it.
+        :return: all rows, and whether they were made here; if not, nothing is known yet of whether they are genuine.
         """
         secret = secret or blocking(self._bootstrap_secret)
         # Whoever waits outlasts one holder whose KMS does not answer: wrap, unwrap, and unwrap under a wrong binding.
@@ -116,7 +117,7 @@ class KeyStore(KeepsSecret):
         with locked(engine, self.deployment_id or str(uuid.uuid4()), wait) as connection:
             before = read_rows(connection)
             if self._provisioned(before):
-                return before
+                return before, False
             if before.keys:
                 self._check_before_adoption(before, secret, blocking)
             elif look_for_data:
@@ -127,7 +128,7 @@ class KeyStore(KeepsSecret):
         for row in after.keys:
             if row not in before.keys:
                 logger.info("data key %s of provider %s is now %s", row.key_id, row.provider, row.state.value)
-        return after
+        return after, True
 
     def rehearse(self, blocking: Blocking = run_here) -> None:
         """Ask of the KMS what a first boot will, with a key that is thrown away.
@@ -294,6 +295,11 @@ class KeyStore(KeepsSecret):
     ) -> StoredRows:
         control = _control(rows)
         self._check_deployment(control)
+        if self.provider is not None and self.pinned and not pin_later:
+            raise NotProvisionedError(
+                "A new data key is to be made, but KRAVN_KMS_PINNED_KEYS keeps every process from loading one that it "
+                "does not name. Run `kravn-crypto provision`, and add the key id that it prints."
+            )
         keys = [row.in_state(State.RETIRED) if row.state is State.PRIMARY else row for row in rows.keys]
         if self.provider is None:
             # Only now is it certain that no other machine has made one, since its row would be here.

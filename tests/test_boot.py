@@ -536,6 +536,19 @@ def test_provisioning_left_to_the_command(engine: Engine, environment: Environme
     configure(engine)
 
 
+def test_provisioning_again_makes_nothing_and_looks_whether_all_is_well(
+    engine: Engine, environment: Environment, vault: dict[str, str], openbao: OpenBao
+) -> None:
+    environment(**vault)
+    made, found = provision(engine), provision(engine)
+    assert [row.row_mac for row in found.keys] == [row.row_mac for row in made.keys]
+    assert openbao.count(ENCRYPT.format(vault["KMS_VAULT_KEY"])) == 1
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE kms_keys SET row_mac = NULL"))
+    with pytest.raises(errors.RowAuthenticationError):
+        provision(engine)
+
+
 def test_a_replica_that_may_not_provision_needs_the_right_to_unwrap_only(
     engine: Engine, environment: Environment, vault: dict[str, str], openbao: OpenBao
 ) -> None:

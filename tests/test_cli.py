@@ -134,7 +134,7 @@ def test_with_a_kms_that_authenticates_nothing_provision_says_what_to_pin(
     migrate(engine)
     oaep = SwitchKMS(name="azure", authenticates=False, binds=False)
     store = KeyStore(provider=oaep, secret=None, secret_file=tmp_path / "secret.key")
-    rows = store.provision(engine, pin_later=True)
+    rows, _ = store.provision(engine, pin_later=True)
     print_provisioned(rows)
     (key,) = rows.keys
     assert f"KRAVN_KMS_PINNED_KEYS={key.key_id}" in capsys.readouterr().out

@@ -473,7 +473,8 @@ def test_a_boot_does_not_provision_what_nothing_would_authenticate(engine: Engin
 def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not(
     engine: Engine, store: Any, oaep: SwitchKMS
 ) -> None:
-    rows = store(oaep).provision(engine, pin_later=True)
+    rows, made = store(oaep).provision(engine, pin_later=True)
+    assert made
     (key,) = rows.keys
     assert [row["row_mac"] for row in stored(engine)] == [None, None]
     assert store(oaep, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
@@ -487,7 +488,7 @@ def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not
 def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
     engine: Engine, store: Any, oaep: SwitchKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (key,) = store(oaep).provision(engine, pin_later=True).keys
+    (key,) = store(oaep).provision(engine, pin_later=True)[0].keys
     _, row = stored(engine)
     with engine.begin() as connection:
         planted = row | {"id": 3, "key_id": "ab" * 8, "state": "pending", "primary_of": None}
@@ -496,6 +497,19 @@ def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
         opened = store(oaep, pinned=frozenset({key.key_id})).open(engine)
     assert opened.keyring.key_ids == {key.key_id}
     assert "ab" * 8 in caplog.text
+
+
+def test_a_boot_makes_no_key_that_the_pins_keep_everybody_from_loading(
+    engine: Engine, store: Any, kms: SwitchKMS
+) -> None:
+    store().open(engine)
+    before = stored(engine)
+    with pytest.raises(errors.NotProvisionedError, match="add the key id that it prints"):
+        store(kms, pinned=frozenset({"00" * 8})).open(engine)
+    assert stored(engine) == before
+    assert kms.calls == {}
+    (key,) = [key for key in store(kms).provision(engine, pin_later=True)[0].keys if key.provider == "vault"]
+    assert store(kms, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
 
 
 def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: SwitchKMS) -> None:
