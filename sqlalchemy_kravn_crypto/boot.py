@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -74,6 +73,8 @@ def configure(engine: Engine, settings: Settings | None = None) -> None:
 
 async def configure_async(engine: AsyncEngine, settings: Settings | None = None) -> None:
     """Do what :func:`configure` does, for an engine with an asynchronous driver. The event loop is not blocked."""
+    import asyncio  # noqa: PLC0415 - as below
+
     from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415 - synchronous programs do without
     from sqlalchemy.util import await_only, greenlet_spawn  # noqa: PLC0415 - as above
 

@@ -6,10 +6,9 @@ Processors do no I/O: those of an asynchronous Core result run outside of SQLAlc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Final, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Column, Table, event
-from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import SchemaEventTarget
 from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine
@@ -19,18 +18,6 @@ from .codecs import Codec, JSONCodec
 from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register, registered
 from .context import current_keyring
 from .exceptions import ColumnError
-
-# Text is compared byte by byte, since base64 tells letters from capitals. MySQL's own types for the two end at 64 KiB.
-_MYSQL_TEXT: Final = mysql.LONGTEXT(charset="ascii", collation="ascii_bin")
-_STORED: Final[dict[tuple[str, str], TypeEngine[Any]]] = {
-    (BINARY, ""): LargeBinary(),
-    (BINARY, "mysql"): mysql.LONGBLOB(),
-    (BINARY, "mariadb"): mysql.LONGBLOB(),
-    (TEXT, ""): Text(),
-    (TEXT, "postgresql"): Text(collation="C"),
-    (TEXT, "mysql"): _MYSQL_TEXT,
-    (TEXT, "mariadb"): _MYSQL_TEXT,
-}
 
 
 class _Attachment:
@@ -126,7 +113,14 @@ class EncryptedType(TypeDecorator[Any]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of the stored value on one database."""
         # Not adapted to the driver: SQLAlchemy does that for parameters, and in DDL it would make VARCHAR of TEXT.
-        return _STORED.get((self.storage, dialect.name)) or _STORED[self.storage, ""]
+        if dialect.name in {"mysql", "mariadb"}:
+            from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT  # noqa: PLC0415 - slow, and here it is loaded
+
+            # BLOB and TEXT end at 64 KiB there. Text is compared byte by byte, since base64 tells cases apart.
+            return LONGTEXT(charset="ascii", collation="ascii_bin") if self.storage == TEXT else LONGBLOB()
+        if self.storage == TEXT:
+            return Text(collation="C") if dialect.name == "postgresql" else Text()
+        return LargeBinary()
 
     def with_variant(self, type_: Any, *dialect_names: str) -> NoReturn:
         """Refuse: a variant would store plaintext on its database."""
