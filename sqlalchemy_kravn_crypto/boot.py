@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from .context import is_configured, publish
+from .context import publish
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
 from .keystore import KeyStore, Opened
 from .rows import KeyRow, StoredRows, connect, read_rows
@@ -180,7 +180,7 @@ def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, probl
 
 
 def _configure(engine: Engine, settings: Settings, blocking: Blocking) -> None:
-    if is_configured() and _process.settings is not None:
+    if _process.settings is not None:
         _refuse_another(engine, settings)
         return
     for weakness in settings.weaknesses():

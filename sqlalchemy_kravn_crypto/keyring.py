@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from hmac import compare_digest
+
+from cryptography.hazmat.primitives.constant_time import bytes_eq
 
 from .aead import Xaes256Gcm
 from .ciphertext import NONCE_SIZE, ColumnName, pack, pack_header, parse
@@ -41,7 +42,7 @@ class DataKey(KeepsSecret):
 
     def matches(self, check: bytes) -> bool:
         """Tell in constant time whether this is the key that the key check was made from."""
-        return compare_digest(self._check, check)
+        return bytes_eq(self._check, check)
 
     def encrypt(self, nonce: bytes, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload. Deterministic; :meth:`Keyring.encrypt` draws the nonce."""

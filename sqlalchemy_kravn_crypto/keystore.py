@@ -119,7 +119,8 @@ class KeyStore(KeepsSecret):
             if self._provisioned(before):
                 return before, False
             if before.keys:
-                self._check_before_adoption(before, secret, blocking)
+                # What a boot would refuse is not built upon: signing such rows again would make them genuine.
+                self._checked(before, secret, Deadline(self.timeout), blocking)
             elif look_for_data:
                 _refuse_existing_data(connection, list(columns), secret)
             after = self._with_first_key(before, secret, blocking, pin_later=pin_later)
@@ -285,10 +286,6 @@ class KeyStore(KeepsSecret):
         return loaded
 
     # --- What is made ------------------------------------------------------------------------------------------------
-
-    def _check_before_adoption(self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking) -> None:
-        """Refuse to build on rows that a boot would refuse: signing them again would make them genuine."""
-        self._checked(rows, secret, Deadline(self.timeout), blocking)
 
     def _with_first_key(
         self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking, *, pin_later: bool

@@ -54,7 +54,7 @@ def print_sql(url: str, output: TextIO | None = None) -> None:
 def _config(output: TextIO | None = None) -> Config:
     location = next(path for path in _LOCATIONS if (path / "env.py").is_file())
     config = Config(output_buffer=output) if output else Config()
-    # Not parsed for interpolation: a path may hold a percent sign.
+    # A percent sign in a path would begin an interpolation.
     config.set_main_option("script_location", str(location).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["version_table"] = VERSION_TABLE

@@ -615,15 +615,22 @@ def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: Sw
     assert states(engine)[-1] == ("vault", "primary")
 
 
-def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def boot_at_once(key_store: KeyStore, engine: Engine, count: int) -> list[str]:
+    """Open the key store in several threads and return the key id that each found."""
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(store(kms).open(engine).keyring.primary_key_id)) for _ in range(6)
+        threading.Thread(target=lambda: found.append(key_store.open(engine).keyring.primary_key_id))
+        for _ in range(count)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return found
+
+
+def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+    found = boot_at_once(store(kms), engine, 6)
     assert len(found) == 6
     assert len(set(found)) == 1
     assert kms.calls["wrap"] == 1
@@ -633,15 +640,8 @@ def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms:
 def test_the_engines_isolation_level_does_not_matter(database_url: str, store: Any, level: str) -> None:
     engine = create_engine(database_url, isolation_level=level)
     TABLES.keys.metadata.create_all(engine)
-    found: list[str] = []
     kms = SwitchKMS()
-    threads = [
-        threading.Thread(target=lambda: found.append(store(kms).open(engine).keyring.primary_key_id)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = boot_at_once(store(kms), engine, 4)
     assert len(found) == 4
     assert kms.calls["wrap"] == 1
     kms.down = True
