@@ -14,7 +14,8 @@ from sqlalchemy.sql.base import SchemaEventTarget
 from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine
 
 from .ciphertext import ColumnName, to_text
-from .codecs import Codec, JSONCodec
+from .codecs.base import Codec
+from .codecs.documents import JSONCodec
 from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register, registered
 from .context import current_keyring
 from .exceptions import ColumnError

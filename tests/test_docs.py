@@ -12,7 +12,7 @@ import sqlalchemy_kravn_crypto
 from sqlalchemy_kravn_crypto import exceptions
 from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName, to_text
-from sqlalchemy_kravn_crypto.codecs import JSONCodec
+from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.settings import known_variables
 from tests import reference

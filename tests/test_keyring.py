@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy_kravn_crypto import DataKey, Keyring
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName, from_text, parse
-from sqlalchemy_kravn_crypto.codecs import JSONCodec
+from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
 from sqlalchemy_kravn_crypto.derivation import expand
 from tests import make_frames, reference
 from tests.leaks import leaked, spellings

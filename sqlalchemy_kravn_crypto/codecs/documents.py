@@ -1,12 +1,4 @@
-"""Python value to payload bytes and back: the same value, or an error.
-
-A payload starts with one byte that names its kind, so that a value of one kind never loads as another:
-
-.. code-block:: text
-
-    01  JSON
-    02  JSON that needs Python's own decoder: integers beyond 64 bits
-"""
+"""JSON values to payload bytes and back, unchanged."""
 
 from __future__ import annotations
 
@@ -14,12 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from math import isfinite
 from re import compile as compile_pattern
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 
 import orjson
+import ormsgpack
 from sqlalchemy import JSON
 
-from .exceptions import MalformedPayloadError, UnstorableValueError
+from ..exceptions import UnstorableValueError
+from .base import Kind, unreadable, unstorable
 
 MAX_DEPTH: Final = 254
 """How many lists and dicts may be nested in each other. What orjson writes, and well within what every reader takes."""
@@ -28,16 +22,29 @@ MAX_INTEGER_BITS: Final = 14_000
 """Bound on an integer, in bits. Python reads at most 4,300 decimal digits from text unless told otherwise, which is
 14,284 bits."""
 
-_JSON: Final = b"\x01"
-_BIG_JSON: Final = b"\x02"
-_JSON_KIND: Final = _JSON[0]
-_BIG_JSON_KIND: Final = _BIG_JSON[0]
+_JSON: Final = bytes([Kind.JSON])
+_BIG_JSON: Final = bytes([Kind.BIG_JSON])
+_JSON_KIND: Final = int(Kind.JSON)
 
 # Nothing is converted on the quiet: what is no JSON value goes to `_builtin`, which knows subclasses of JSON's own
 # types.
 _ORJSON_OPTIONS: Final = (
     orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 )
+
+_ORMSGPACK_OPTIONS: Final = (
+    ormsgpack.OPT_PASSTHROUGH_BIG_INT
+    | ormsgpack.OPT_PASSTHROUGH_DATACLASS
+    | ormsgpack.OPT_PASSTHROUGH_DATETIME
+    | ormsgpack.OPT_PASSTHROUGH_ENUM
+    | ormsgpack.OPT_PASSTHROUGH_SUBCLASS
+    | ormsgpack.OPT_PASSTHROUGH_TUPLE
+    | ormsgpack.OPT_PASSTHROUGH_UUID
+)
+
+# A float of MessagePack is CB and 8 bytes of IEEE 754, big-endian; NaN and the infinities are those whose exponent, the
+# 11 bits after the sign, is all ones. What else looks like that (it happens in integers) is decoded and compared.
+_NOT_FINITE: Final = compile_pattern(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
 # By the methods of the builtin types themselves, since a subclass may convert itself to something else.
 _BUILTINS: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
@@ -59,22 +66,6 @@ def _refuse_constant(_: str) -> NoReturn:
 _BIG_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-class Codec(Protocol):
-    """Turns values into payloads and back."""
-
-    def encode(self, value: Any) -> bytes:
-        """Return the payload of a value.
-
-        :raises UnstorableValueError: if it would not come back equal.
-        """
-
-    def decode(self, payload: bytes) -> Any:
-        """Return the value of a payload.
-
-        :raises MalformedPayloadError: if this codec did not write it.
-        """
-
-
 class JSONCodec:
     """Any JSON value, in and out unchanged.
 
@@ -84,41 +75,67 @@ class JSONCodec:
     def encode(self, value: Any) -> bytes:
         """Return the payload of a value.
 
-        The value is encoded, decoded again and compared, so that whatever an encoder converts on the quiet (NaN to
-        null, a UUID to text, an integer key to a text key) is refused. Equality is Python's: a tuple is not a list, and
-        a member of a ``StrEnum`` is its text.
+        Equality is Python's, but for NaN: a tuple is not a list, and a member of a ``StrEnum`` is its text.
 
         :raises UnstorableValueError: if it would not come back equal.
         """
-        if value is JSON.NULL:
-            return _JSON + b"null"
-        encoded, equal = b"", False
         try:
-            encoded = orjson.dumps(value, _builtin, _ORJSON_OPTIONS)
-            equal = orjson.loads(encoded) == value
-        except Exception:  # noqa: BLE001 - a value's own class may raise anything, and SQLAlchemy would print the row
-            equal = False
-        return _JSON + encoded if equal else _BIG_JSON + _encode_big(value)
+            encoded = orjson.dumps(value, None, _ORJSON_OPTIONS)
+            # What orjson writes as something else on the quiet, ormsgpack refuses (a tuple, a UUID, a member of an
+            # Enum) or writes as it is (NaN, which orjson makes null). That costs a third of decoding and comparing.
+            packed = ormsgpack.packb(value, None, _ORMSGPACK_OPTIONS)
+            if b"null" not in encoded or _NOT_FINITE(packed) is None:
+                return _JSON + encoded
+        except Exception:  # noqa: BLE001, S110 - whatever it is, what comes next tells what of it can be stored
+            pass
+        return _encode_checked(value)
 
     def decode(self, payload: bytes) -> Any:
         """Return the value of a payload.
 
         :raises MalformedPayloadError: if this codec did not write it.
         """
-        kind = payload[0] if payload else None
         try:
+            kind = payload[0]
             if kind == _JSON_KIND:
                 return orjson.loads(payload[1:])
-            if kind == _BIG_JSON_KIND:
+            if kind == Kind.BIG_JSON:
                 return _BIG_DECODER.decode(payload[1:].decode())
-        except (ValueError, RecursionError):
-            kind = None
-        if kind is None:
-            raise MalformedPayloadError("The value decrypts, but is not JSON. Another program wrote it.")
-        raise MalformedPayloadError(
-            f"The value decrypts, but is of kind {kind:#04x}, which a JSON column does not hold. It was written "
-            "through a column of another type with the same name."
-        )
+        except (IndexError, ValueError, RecursionError):
+            pass
+        raise unreadable(payload, (Kind.JSON, Kind.BIG_JSON), "JSON")
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Tell whether two values are stored alike, but for the order of keys: 1, 1.0 and ``True`` are not the same."""
+        # Either alone is not enough: 1 == True, and NaN is written as None is.
+        return bool(one == other) and _canonical(one) == _canonical(other)
+
+
+def _canonical(value: Any) -> bytes | str | None:
+    """Return the one text of a JSON value, or ``None`` for what has none and will be refused when it is written."""
+    if value is JSON.NULL:
+        return b"null"
+    try:
+        return orjson.dumps(value, _builtin, _ORJSON_OPTIONS | orjson.OPT_SORT_KEYS)
+    except Exception:  # noqa: BLE001, S110 - integers beyond 64 bits, or nothing that can be stored
+        pass
+    try:
+        return json.dumps(value, sort_keys=True)
+    except Exception:  # noqa: BLE001 - a value's own class may raise anything
+        return None
+
+
+def _encode_checked(value: Any) -> bytes:
+    """Encode what may not come back equal: decode it again and compare."""
+    if value is JSON.NULL:
+        return _JSON + b"null"
+    encoded, equal = b"", False
+    try:
+        encoded = orjson.dumps(value, _builtin, _ORJSON_OPTIONS)
+        equal = orjson.loads(encoded) == value
+    except Exception:  # noqa: BLE001 - a value's own class may raise anything, and SQLAlchemy would print the row
+        equal = False
+    return _JSON + encoded if equal else _BIG_JSON + _encode_big(value)
 
 
 def _builtin(value: Any) -> Any:
@@ -141,7 +158,7 @@ def _encode_big(value: Any) -> bytes:
     except Exception:  # noqa: BLE001 - as above; RecursionError among them, where the caller's stack is deep already
         equal = False
     if not equal:
-        raise error or _unstorable("$", value, "would not come back equal")
+        raise error or unstorable("$", value, "would not come back equal")
     return encoded.encode()
 
 
@@ -151,7 +168,7 @@ def _first_unstorable(value: Any) -> UnstorableValueError | None:
     while levels:
         for path, part, reason in levels[-1]:
             if reason:
-                return _unstorable(path, part, reason)
+                return unstorable(path, part, reason)
             if isinstance(part, (dict, list)):
                 if len(levels) > MAX_DEPTH:
                     return UnstorableValueError(
@@ -195,11 +212,6 @@ def _why_unstorable(value: Any) -> str:
     elif value is not None and not isinstance(value, (dict, list)):
         reason = "would not come back equal from JSON; convert it first"
     return reason
-
-
-def _unstorable(path: str, value: Any, reason: str) -> UnstorableValueError:
-    name = type(value).__name__
-    return UnstorableValueError(f"The value at {path}, of type {name}, {reason}.", path=path, type_name=name)
 
 
 def _is_unicode(text: str) -> bool:
