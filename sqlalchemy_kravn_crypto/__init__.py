@@ -6,13 +6,16 @@ from .context import is_configured, use_keyring
 from .exceptions import KravnCryptoError
 from .keyring import DataKey, Keyring
 from .schema import kms_tables
-from .types import EncryptedJSON
+from .types import Encrypted, EncryptedBytes, EncryptedJSON, EncryptedString
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DataKey",
+    "Encrypted",
+    "EncryptedBytes",
     "EncryptedJSON",
+    "EncryptedString",
     "Keyring",
     "KravnCryptoError",
     "configure",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from . import guards
 from .context import publish
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
 from .keystore import KeyStore, Opened
@@ -48,15 +49,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: setattr(_process, "lock", threading.Lock()))
 
 
-def configure(engine: Engine, settings: Settings | None = None) -> None:
+def configure(
+    engine: Engine,
+    settings: Settings | None = None,
+    *,
+    check_statements: bool = True,
+    redact_errors: bool = True,
+) -> None:
     """Open the key store of an engine's database and make its data keys the ones of this process.
 
     Call it once at start-up, before the first session. The very first boot also makes the first data key. Calling it
     again with the same engine and settings, or with another engine whose database has the same key store, changes
-    nothing.
+    nothing but that the other engine is guarded too.
 
     :param engine: a synchronous engine; see :func:`configure_async` for the other kind.
     :param settings: instead of those from the environment.
+    :param check_statements: refuse what the engine is to execute if it sorts, groups, computes with or overwrites
+        encrypted columns in SQL.
+    :param redact_errors: name the types of parameters in the errors of the engine instead of the values.
     :raises ConfigurationError: if a setting is wrong.
     :raises AlreadyConfiguredError: if the process already uses another key store or other settings.
     :raises KeyStoreError: if the key store does not allow the process to start.
@@ -69,9 +79,16 @@ def configure(engine: Engine, settings: Settings | None = None) -> None:
         )
     with _process.lock:
         _configure(engine, settings or _settings(), run_here)
+    guards.install(engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
-async def configure_async(engine: AsyncEngine, settings: Settings | None = None) -> None:
+async def configure_async(
+    engine: AsyncEngine,
+    settings: Settings | None = None,
+    *,
+    check_statements: bool = True,
+    redact_errors: bool = True,
+) -> None:
     """Do what :func:`configure` does, for an engine with an asynchronous driver. The event loop is not blocked."""
     import asyncio  # noqa: PLC0415 - as below
 
@@ -85,6 +102,7 @@ async def configure_async(engine: AsyncEngine, settings: Settings | None = None)
         return await_only(asyncio.to_thread(function))
 
     await greenlet_spawn(_configure, engine.sync_engine, settings or await asyncio.to_thread(_settings), in_thread)
+    guards.install(engine.sync_engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
 def reset() -> None:

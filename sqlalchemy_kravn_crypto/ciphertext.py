@@ -50,17 +50,29 @@ class ColumnName:
     :param name: ``Table.name + "." + Column.name`` as declared, or what the user pinned.
     """
 
-    __slots__ = ("_suffix", "hint", "name")
+    __slots__ = ("_last", "_suffix", "hint", "name")
 
     def __init__(self, name: str) -> None:
         encoded = name.encode()
         self.name = name
         self.hint = sha256(encoded).digest()[:HINT_SIZE]
         self._suffix = length_prefixed(encoded)
+        self._last = (b"", b"", b"")
 
-    def associated_data(self, header: bytes) -> bytes:
-        """Return what is authenticated with a value but not stored in it a second time."""
-        return header + self._suffix
+    def bound_to(self, key_id: bytes) -> tuple[bytes, bytes, bytes]:
+        """Return the key id, the header of every frame under it for this name, and the associated data of its value.
+
+        The last answer is kept: nearly all values of a column are under one key. It is replaced as a whole, so threads
+        with several keys cost each other time and nothing else.
+        """
+        last = self._last
+        if last[0] != key_id:
+            header = _START + key_id + self.hint
+            last = self._last = key_id, header, header + self._suffix
+        return last
+
+    def __reduce__(self) -> tuple[type[ColumnName], tuple[str]]:
+        return ColumnName, (self.name,)
 
     def __repr__(self) -> str:
         return f"ColumnName({self.name!r})"
@@ -77,14 +89,14 @@ class Frame(NamedTuple):
     """Ciphertext and tag."""
 
 
-def pack_header(key_id: bytes, hint: bytes) -> bytes:
-    """Return the first 12 bytes of every frame under one data key and for one column name."""
-    return _START + key_id + hint
-
-
 def pack(header: bytes, nonce: bytes, body: bytes) -> bytes:
-    """Return the frame of one value."""
+    """Return the frame of one value, from its header, its nonce, and ciphertext with tag."""
     return header + nonce + body
+
+
+def split(frame: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return header, nonce, and ciphertext with tag, as they are; :func:`parse` checks them."""
+    return frame[_HEADER], frame[_NONCE], frame[_BODY]
 
 
 def parse(frame: bytes) -> Frame:
@@ -108,7 +120,8 @@ def parse(frame: bytes) -> Frame:
         raise MalformedCiphertextError(
             f"The stored value is truncated: {len(frame)} bytes, where a frame has at least {MIN_FRAME_SIZE}."
         )
-    return Frame(frame[_HEADER], frame[_KEY_ID], frame[_HINT], frame[_NONCE], frame[_BODY])
+    header, nonce, body = split(frame)
+    return Frame(header, frame[_KEY_ID], frame[_HINT], nonce, body)
 
 
 def to_text(frame: bytes) -> str:

@@ -74,6 +74,11 @@ def register(column: Column[Any]) -> None:
     _columns[id(column)] = column
 
 
+def is_registered(column: Column[Any]) -> bool:
+    """Tell whether a column was declared with an encrypted type, in this process."""
+    return _columns.get(id(column)) is column
+
+
 def registered() -> list[Column[Any]]:
     """Return every encrypted column that this process has declared and still has."""
     return list(_columns.values())

@@ -37,6 +37,10 @@ class ColumnError(ConfigurationError):
     """An encrypted column is declared in a way that would store plaintext or unreadable values."""
 
 
+class UnsupportedOperationError(ConfigurationError):
+    """A statement asks of an encrypted column what cannot be answered on ciphertext, or would store what is none."""
+
+
 class NotConfiguredError(ConfigurationError):
     """An encrypted column was used before ``configure(engine)``."""
 

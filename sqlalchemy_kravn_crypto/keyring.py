@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 
 from .aead import Xaes256Gcm
-from .ciphertext import NONCE_SIZE, ColumnName, pack, pack_header, parse
+from .ciphertext import MIN_FRAME_SIZE, NONCE_SIZE, ColumnName, pack, parse, split
 from .derivation import KEY_SIZE, expand, key_id_of
 from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
 from .secrecy import KeepsSecret
@@ -46,8 +46,8 @@ class DataKey(KeepsSecret):
 
     def encrypt(self, nonce: bytes, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload. Deterministic; :meth:`Keyring.encrypt` draws the nonce."""
-        header = pack_header(self.key_id, name.hint)
-        return pack(header, nonce, self._aead.encrypt(nonce, payload, name.associated_data(header)))
+        _, header, associated_data = name.bound_to(self.key_id)
+        return pack(header, nonce, self._aead.encrypt(nonce, payload, associated_data))
 
     def decrypt(self, nonce: bytes, body: bytes, associated_data: bytes) -> bytes | None:
         """Return the payload, or ``None`` if anything is not as it was written."""
@@ -88,18 +88,35 @@ class Keyring(KeepsSecret):
         """
         return self._primary.encrypt(os.urandom(NONCE_SIZE), payload, name)
 
-    def decrypt(self, frame: bytes, name: ColumnName) -> bytes:
+    def decrypt(self, frame: bytes, name: ColumnName, earlier: Iterable[ColumnName] = ()) -> bytes:
         """Return the payload of a frame.
 
         One key is chosen by key id and one name by hint; nothing is ever tried out.
 
+        :param earlier: names that values may have been written for, besides the one that they are written for now.
         :raises MalformedCiphertextError: if it is not a frame.
         :raises UnsupportedAlgorithmError: if its algorithm is not known.
         :raises UnknownKeyError: if the keyring does not hold its data key.
         :raises WrongColumnError: if it was written for a column of another name.
         :raises AuthenticationError: if it is not what was written.
         """
-        header, key_id, hint, nonce, body = parse(frame)
+        key = self._primary
+        header, nonce, body = split(frame)
+        _, expected, associated_data = name.bound_to(key.key_id)
+        if header != expected or len(frame) < MIN_FRAME_SIZE:
+            key, written_for = self._look_up(frame, name, earlier)
+            associated_data = written_for.bound_to(key.key_id)[2]
+        payload = key.decrypt(nonce, body, associated_data)
+        if payload is None:
+            raise AuthenticationError(
+                f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another "
+                "column."
+            )
+        return payload
+
+    def _look_up(self, frame: bytes, name: ColumnName, earlier: Iterable[ColumnName]) -> tuple[DataKey, ColumnName]:
+        """Return the data key and the name of a frame, or say what is wrong with it."""
+        _, key_id, hint, *_ = parse(frame)
         key = self._keys.get(key_id)
         if key is None:
             raise UnknownKeyError(
@@ -108,18 +125,14 @@ class Keyring(KeepsSecret):
                 "`kravn-crypto status` lists the keys on record.",
                 key_id=key_id.hex(),
             )
-        if hint != name.hint:
-            raise WrongColumnError(
-                f"A value of column {name.name!r} was written for a column of another name. If the column or its table "
-                "was renamed, pin the earlier name with associated_data='table.column'; otherwise the value was moved."
-            )
-        payload = key.decrypt(nonce, body, name.associated_data(header))
-        if payload is None:
-            raise AuthenticationError(
-                f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another "
-                "column."
-            )
-        return payload
+        for written_for in (name, *earlier):
+            if written_for.hint == hint:
+                return key, written_for
+        raise WrongColumnError(
+            f"A value of column {name.name!r} was written for a column of another name. If the column or its table was "
+            "renamed, say so with earlier_names=('table.column',), or pin the earlier name with "
+            "associated_data='table.column'; otherwise the value was moved."
+        )
 
     def is_stale(self, frame: bytes) -> bool:
         """Tell whether a frame is under another data key than the primary. Needs no decryption."""

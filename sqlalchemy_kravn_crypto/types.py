@@ -5,20 +5,29 @@ Processors do no I/O: those of an asynchronous Core result run outside of SQLAlc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy import Column, Table, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import SchemaEventTarget
-from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine
+from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine, to_instance
 
 from .ciphertext import ColumnName, to_text
 from .codecs.base import Codec
 from .codecs.documents import JSONCodec
+from .codecs.scalars import BytesCodec, TextCodec
+from .codecs.selection import codec_for
 from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register, registered
+from .comparator import RefusingComparator
 from .context import current_keyring
+from .declarations import refuse_meaningless
 from .exceptions import ColumnError
+
+T = TypeVar("T")
+
+# Their drivers take bytes and return bytes, so SQLAlchemy's own processors between would only cost time.
+_PLAIN_BYTES = frozenset({"mariadb", "mysql", "postgresql", "sqlite"})
 
 
 class _Attachment:
@@ -33,34 +42,40 @@ class _Attachment:
         self.name = name
 
 
-class EncryptedType(TypeDecorator[Any]):
+class EncryptedType(TypeDecorator[T], Generic[T]):
     """Base of the encrypted column types.
 
     Values are bound to the column that they are written for: one that is copied to another column does not decrypt
-    there.
+    there. In SQL they can be tested for NULL; every other operator raises ``UnsupportedOperationError``.
 
     :param associated_data: the name to bind values to, ``"table.column"`` by convention. Without it, it is the names of
         table and column as declared, without the schema; pin it before renaming either.
     :param storage: ``"binary"`` (``BYTEA``, ``BLOB``, ``LONGBLOB``) or ``"text"``.
-    :raises ColumnError: if either is malformed.
+    :param earlier_names: names that stored values may be bound to besides, from before a rename. They are read; what is
+        written is bound to the present name.
+    :raises ColumnError: if any of them is malformed.
     """
 
     impl = LargeBinary
     cache_ok = True
-    hashable = False
-    """Values may be dicts and lists, so ``unique()`` tells rows apart by identity, as with ``sqlalchemy.JSON``."""
+    comparator_factory = RefusingComparator
 
-    _codec: ClassVar[Codec]
+    _codec: Codec
 
-    def __init__(self, associated_data: str | None = None, *, storage: str = BINARY) -> None:
+    def __init__(
+        self, *, associated_data: str | None = None, storage: str = BINARY, earlier_names: Iterable[str] = ()
+    ) -> None:
         super().__init__()
-        if associated_data == "":
-            raise ColumnError("associated_data must not be empty; give a name such as 'users.credentials'.")
         if storage not in STORAGES:
             raise ColumnError(f"storage must be one of {', '.join(map(repr, STORAGES))}.")
+        if isinstance(earlier_names, str):
+            raise ColumnError("earlier_names takes several names: ('table.column',).")
         self.associated_data = associated_data
         self.storage = storage
-        self._attachment = _Attachment(None if associated_data is None else ColumnName(associated_data))
+        self.earlier_names = tuple(earlier_names)
+        self._is_text = storage == TEXT
+        self._attachment = _Attachment(None if associated_data is None else _column_name(associated_data))
+        self._earlier = tuple(_column_name(name) for name in self.earlier_names)
         self._owner: int | None = None
 
     # --- Which column this is ----------------------------------------------------------------------------------------
@@ -76,8 +91,10 @@ class EncryptedType(TypeDecorator[Any]):
             return
         if self._owner not in {None, id(parent)}:
             # One instance in two columns, or the copy of another column's, would give both the second one's name.
-            parent.type = type(self)(self.associated_data, storage=self.storage)
-            parent.type._set_parent(parent, outer=outer, **kw)  # noqa: SLF001 - the same method
+            parent.type = unshared = self.copy()
+            unshared._attachment = _Attachment(None if self.associated_data is None else self._attachment.name)  # noqa: SLF001 - a copy
+            unshared._owner = None  # noqa: SLF001 - the same
+            unshared._set_parent(parent, outer=outer, **kw)  # noqa: SLF001 - the same method
             return
         self._owner = id(parent)
         table: Any = parent.table
@@ -89,25 +106,42 @@ class EncryptedType(TypeDecorator[Any]):
     def _attach(self, column: Column[Any], table: Any) -> None:
         if column.type is not self or not isinstance(table, Table):
             return
-        _refuse_meaningless(column, table)
+        refuse_meaningless(column, table)
         if self.associated_data is None:
             self._attachment.name = ColumnName(f"{table.name}.{column.name}")
+        self._refuse_ambiguous_names()
         register(column)
+
+    def _refuse_ambiguous_names(self) -> None:
+        by_hint = {name.hint: name.name for name in self._earlier}
+        for known in (*self._earlier, self._name()):
+            if by_hint.setdefault(known.hint, known.name) != known.name:
+                raise ColumnError(
+                    f"{known.name!r} and {by_hint[known.hint]!r} share the 2 bytes by which stored values tell names "
+                    "apart. Pin another name with associated_data, or drop an earlier one."
+                )
 
     @property
     def _static_cache_key(self) -> Any:
-        # Name and storage decide how values are processed, so statements that differ in them must not share processors.
-        # Of the parameters SQLAlchemy looks at the positional ones only.
+        # What decides how values are processed: statements that differ in it must not share processors. Of the
+        # parameters SQLAlchemy looks at the positional ones only.
         key = super()._static_cache_key
         if not isinstance(key, tuple):
             return key
-        return (*key, ("column_name", self.column_name), ("storage", self.storage))
+        return (*key, ("column", self.column_name, self.earlier_names), ("storage", self.storage))
 
     def __repr__(self) -> str:
-        parameters = [] if self.associated_data is None else [repr(self.associated_data)]
+        parameters = self._shown_parameters()
+        if self.associated_data is not None:
+            parameters.append(f"associated_data={self.associated_data!r}")
         if self.storage != BINARY:
             parameters.append(f"storage={self.storage!r}")
+        if self.earlier_names:
+            parameters.append(f"earlier_names={self.earlier_names!r}")
         return f"{type(self).__name__}({', '.join(parameters)})"
+
+    def _shown_parameters(self) -> list[str]:
+        return []
 
     # --- What the database sees --------------------------------------------------------------------------------------
 
@@ -132,16 +166,33 @@ class EncryptedType(TypeDecorator[Any]):
 
     # --- The way of a value ------------------------------------------------------------------------------------------
 
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Return what encrypts a value on its way to the database."""
+        if type(self).process_bind_param is not EncryptedType.process_bind_param:
+            return super().bind_processor(dialect)
+        own = None if dialect.name in _PLAIN_BYTES else self.impl_instance.bind_processor(dialect)
+        if own is None:
+            return self._encrypt
+        driver: Callable[[Any], Any] = own
+        return lambda value: driver(self._encrypt(value))
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        """Return what decrypts a value that was loaded."""
+        if type(self).process_result_value is not EncryptedType.process_result_value:
+            return super().result_processor(dialect, coltype)
+        own = None if dialect.name in _PLAIN_BYTES else self.impl_instance.result_processor(dialect, coltype)
+        if own is None:
+            return self._decrypt
+        driver: Callable[[Any], Any] = own
+        return lambda stored: self._decrypt(driver(stored))
+
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002 - fixed
         """Encrypt a value on its way to the database; ``None`` is SQL NULL.
 
         :raises NotConfiguredError: before ``configure(engine)``.
         :raises UnstorableValueError: if the value would not come back equal.
         """
-        if value is None:
-            return None
-        frame = current_keyring().encrypt(self._codec.encode(value), self._name())
-        return to_text(frame) if self.storage == TEXT else frame
+        return self._encrypt(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002 - fixed
         """Decrypt a value that was loaded.
@@ -149,11 +200,31 @@ class EncryptedType(TypeDecorator[Any]):
         :raises NotConfiguredError: before ``configure(engine)``.
         :raises DecryptionError: if it is not what was written here, or its data key is not at hand.
         """
+        return self._decrypt(value)
+
+    def _encrypt(self, value: Any) -> bytes | str | None:
         if value is None:
             return None
         keyring = current_keyring()
-        frame = frame_of(value, self.storage, self.column_name)
-        return self._codec.decode(keyring.decrypt(frame, self._name()))
+        frame = keyring.encrypt(self._codec.encode(value), self._attachment.name or self._name())
+        return to_text(frame) if self._is_text else frame
+
+    def _decrypt(self, stored: Any) -> Any:
+        if stored is None:
+            return None
+        keyring = current_keyring()
+        if type(stored) is not bytes or self._is_text:
+            stored = frame_of(stored, self.storage, self.column_name)
+        return self._codec.decode(keyring.decrypt(stored, self._attachment.name or self._name(), self._earlier))
+
+    def compare_values(self, x: Any, y: Any) -> bool:
+        """Tell whether no UPDATE is needed to get from one value to the other.
+
+        Stricter than ``==``, by which 1, 1.0 and ``True`` are the same.
+        """
+        if x is None or y is None:
+            return x is y
+        return self._codec.same(x, y)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:  # noqa: ARG002 - fixed
         """Refuse to render a value into SQL text.
@@ -175,7 +246,7 @@ class EncryptedType(TypeDecorator[Any]):
         return name
 
 
-class EncryptedJSON(EncryptedType):
+class EncryptedJSON(EncryptedType[Any]):
     """Any JSON value, encrypted.
 
     ``None`` is SQL NULL; ``sqlalchemy.JSON.NULL`` is an encrypted ``null``, which loads as ``None``. What would not
@@ -187,11 +258,107 @@ class EncryptedJSON(EncryptedType):
             __tablename__ = "plugin"
             id: Mapped[int] = mapped_column(primary_key=True)
             credentials: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
+
+    :param python_type: a pydantic model, a ``TypedDict``, a dataclass, or any other type that pydantic knows, such as
+        ``list[Model]``. Values are then objects of that type, and what does not fit it is refused on both ways.
+    """
+
+    cache_ok = True
+    hashable = False
+    """Values may be dicts and lists, so ``unique()`` tells rows apart by identity, as with ``sqlalchemy.JSON``."""
+
+    _codec = JSONCodec()
+
+    def __init__(
+        self,
+        python_type: Any = None,
+        *,
+        associated_data: str | None = None,
+        storage: str = BINARY,
+        earlier_names: Iterable[str] = (),
+    ) -> None:
+        if isinstance(python_type, str):
+            raise ColumnError("EncryptedJSON takes a Python type; a name goes into associated_data='table.column'.")
+        super().__init__(associated_data=associated_data, storage=storage, earlier_names=earlier_names)
+        self._python_type = python_type
+        if python_type is not None:
+            from .codecs.objects import ObjectCodec  # noqa: PLC0415 - pydantic is slow to import
+
+            self._codec = ObjectCodec(python_type)
+
+    @property
+    def python_type(self) -> Any:
+        """The type of the values: what was given, else ``dict``, as with ``sqlalchemy.JSON``."""
+        return self._python_type or dict
+
+    @property
+    def _static_cache_key(self) -> Any:
+        key = super()._static_cache_key
+        return (*key, ("codec", self._codec)) if isinstance(key, tuple) and self._python_type is not None else key
+
+    def _shown_parameters(self) -> list[str]:
+        if self._python_type is None:
+            return []
+        return [self._python_type.__name__ if isinstance(self._python_type, type) else repr(self._python_type)]
+
+
+class EncryptedString(EncryptedType[str]):
+    """Text of any length, encrypted."""
+
+    cache_ok = True
+    python_type = str
+
+    _codec = TextCodec()
+
+
+class EncryptedBytes(EncryptedType[bytes]):
+    """Bytes of any number, encrypted."""
+
+    cache_ok = True
+    python_type = bytes
+
+    _codec = BytesCodec()
+
+
+class Encrypted(EncryptedType[T]):
+    """Values of another SQLAlchemy type, encrypted: each loads exactly as it was stored.
+
+    .. code-block:: python
+
+        born: Mapped[date] = mapped_column(Encrypted(Date))
+        salary: Mapped[Decimal] = mapped_column(Encrypted(Numeric))
+        seen: Mapped[datetime] = mapped_column(Encrypted(DateTime(timezone=True)))
+
+    What the type declares of sizes (``String(50)``, ``Numeric(10, 2)``) is not enforced, and nothing is rounded.
+
+    :param type_: ``Integer``, ``Numeric``, ``Float``, ``Boolean``, ``Date``, ``Time``, ``DateTime``, ``Interval``,
+        ``Uuid``, ``Enum``, ``String``, ``LargeBinary``, ``JSON`` or a subclass of one, or a ``TypeDecorator`` over one;
+        a class or an instance.
+    :raises ColumnError: if it is another.
     """
 
     cache_ok = True
 
-    _codec = JSONCodec()
+    def __init__(
+        self,
+        type_: TypeEngine[T] | type[TypeEngine[T]],
+        *,
+        associated_data: str | None = None,
+        storage: str = BINARY,
+        earlier_names: Iterable[str] = (),
+    ) -> None:
+        super().__init__(associated_data=associated_data, storage=storage, earlier_names=earlier_names)
+        self.type_: TypeEngine[T] = to_instance(type_)
+        self._codec = codec_for(self.type_)
+        self.hashable = self.type_.hashable
+
+    @property
+    def python_type(self) -> Any:
+        """The type of the values."""
+        return self.type_.python_type
+
+    def _shown_parameters(self) -> list[str]:
+        return [repr(self.type_)]
 
 
 def encrypted_columns() -> list[EncryptedColumn]:
@@ -204,16 +371,7 @@ def encrypted_columns() -> list[EncryptedColumn]:
     return sorted(found, key=lambda encrypted: encrypted.label)
 
 
-def _refuse_meaningless(column: Column[Any], table: Table) -> None:
-    """Refuse what means nothing on values that are encrypted anew each time, or would put plaintext into the schema."""
-    for flag in ("primary_key", "unique", "index"):
-        if getattr(column, flag):
-            raise ColumnError(
-                f"{table.name}.{column.name} is encrypted, so it cannot be {flag}: equal values have different "
-                "ciphertexts."
-            )
-    if column.server_default is not None:
-        raise ColumnError(
-            f"{table.name}.{column.name} is encrypted, so it cannot have a server_default or be computed: the database "
-            "would hold plaintext. Use default=."
-        )
+def _column_name(name: str) -> ColumnName:
+    if not name:
+        raise ColumnError("A name to bind values to must not be empty; give one such as 'users.credentials'.")
+    return ColumnName(name)

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from sqlalchemy import JSON
 from sqlalchemy.ext.mutable import MutableDict, MutableList
 
-from sqlalchemy_kravn_crypto.codecs.documents import MAX_DEPTH, MAX_INTEGER_BITS, JSONCodec
+from sqlalchemy_kravn_crypto.codecs.base import MAX_INTEGER_BITS
+from sqlalchemy_kravn_crypto.codecs.documents import MAX_DEPTH, JSONCodec
 from sqlalchemy_kravn_crypto.exceptions import MalformedPayloadError, UnstorableValueError
 from tests.leaks import leaked
 

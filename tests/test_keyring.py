@@ -160,7 +160,7 @@ def test_key_id_of_one_key_is_not_decrypted_with_another() -> None:
     # The ciphertext is the primary's, the key id the other one's: trying all keys would open it.
     aead_key = reference.expand(KEY, "aead/02")
     header = b"\xf9\x02" + reference.key_id(OTHER_KEY) + NAME.hint
-    body = reference.xaes_encrypt(aead_key, bytes(24), PAYLOAD, NAME.associated_data(header))
+    body = reference.xaes_encrypt(aead_key, bytes(24), PAYLOAD, NAME.bound_to(reference.key_id(OTHER_KEY))[2])
     with pytest.raises(errors.AuthenticationError):
         Keyring(DataKey(KEY), [DataKey(OTHER_KEY)]).decrypt(header + bytes(24) + body, NAME)
 

@@ -26,12 +26,20 @@ A payload starts with one byte that names its kind, so that a value of one kind 
 from __future__ import annotations
 
 from enum import IntEnum
+from re import compile as compile_pattern
 from typing import Any, Final, Protocol
 
 from ..exceptions import MalformedPayloadError, UnstorableValueError
 
 PADDED: Final = 0x80
 """Bit of the first byte that tells that the content is padded."""
+
+MAX_INTEGER_BITS: Final = 14_000
+"""Bound on an integer, in bits. Python reads at most 4,300 decimal digits from text unless told otherwise, which is
+14,284 bits."""
+
+PLAIN_KEY: Final = compile_pattern(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
+"""Tells whether a key is shaped like a name. Another may be data itself, so it does not go into an error."""
 
 
 class Kind(IntEnum):

@@ -13,18 +13,19 @@ import ormsgpack
 from sqlalchemy import JSON
 
 from ..exceptions import UnstorableValueError
-from .base import Kind, unreadable, unstorable
+from .base import MAX_INTEGER_BITS, PLAIN_KEY, Kind, unreadable, unstorable
 
 MAX_DEPTH: Final = 254
 """How many lists and dicts may be nested in each other. What orjson writes, and well within what every reader takes."""
 
-MAX_INTEGER_BITS: Final = 14_000
-"""Bound on an integer, in bits. Python reads at most 4,300 decimal digits from text unless told otherwise, which is
-14,284 bits."""
-
 _JSON: Final = bytes([Kind.JSON])
 _BIG_JSON: Final = bytes([Kind.BIG_JSON])
 _JSON_KIND: Final = int(Kind.JSON)
+
+# Looked up once and not for each value.
+_dumps: Final = orjson.dumps
+_loads: Final = orjson.loads
+_packb: Final = ormsgpack.packb
 
 # Nothing is converted on the quiet: what is no JSON value goes to `_builtin`, which knows subclasses of JSON's own
 # types.
@@ -44,6 +45,7 @@ _ORMSGPACK_OPTIONS: Final = (
 
 # A float of MessagePack is CB and 8 bytes of IEEE 754, big-endian; NaN and the infinities are those whose exponent, the
 # 11 bits after the sign, is all ones. What else looks like that (it happens in integers) is decoded and compared.
+_FLOAT: Final = 0xCB
 _NOT_FINITE: Final = compile_pattern(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
 # By the methods of the builtin types themselves, since a subclass may convert itself to something else.
@@ -54,8 +56,6 @@ _BUILTINS: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     (int, int.__int__),
     (float, float.__float__),
 )
-
-_PLAIN_KEY: Final = compile_pattern(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
 
 
 def _refuse_constant(_: str) -> NoReturn:
@@ -80,11 +80,11 @@ class JSONCodec:
         :raises UnstorableValueError: if it would not come back equal.
         """
         try:
-            encoded = orjson.dumps(value, None, _ORJSON_OPTIONS)
+            encoded = _dumps(value, None, _ORJSON_OPTIONS)
             # What orjson writes as something else on the quiet, ormsgpack refuses (a tuple, a UUID, a member of an
             # Enum) or writes as it is (NaN, which orjson makes null). That costs a third of decoding and comparing.
-            packed = ormsgpack.packb(value, None, _ORMSGPACK_OPTIONS)
-            if b"null" not in encoded or _NOT_FINITE(packed) is None:
+            packed = _packb(value, None, _ORMSGPACK_OPTIONS)
+            if _FLOAT not in packed or _NOT_FINITE(packed) is None:
                 return _JSON + encoded
         except Exception:  # noqa: BLE001, S110 - whatever it is, what comes next tells what of it can be stored
             pass
@@ -98,7 +98,7 @@ class JSONCodec:
         try:
             kind = payload[0]
             if kind == _JSON_KIND:
-                return orjson.loads(payload[1:])
+                return _loads(payload[1:])
             if kind == Kind.BIG_JSON:
                 return _BIG_DECODER.decode(payload[1:].decode())
         except (IndexError, ValueError, RecursionError):
@@ -194,8 +194,7 @@ def _parts(path: str, value: dict[Any, Any] | list[Any]) -> Iterator[tuple[str, 
         elif not _is_unicode(key):
             yield path, key, "is a key with a lone surrogate, which is no Unicode text"
         else:
-            # A key that is not shaped like a name may be data itself, so it does not go into an error.
-            yield f"{path}.{key}" if _PLAIN_KEY(key) else f'{path}["…"]', item, _why_unstorable(item)
+            yield f"{path}.{key}" if PLAIN_KEY(key) else f'{path}["…"]', item, _why_unstorable(item)
 
 
 def _why_unstorable(value: Any) -> str:
