@@ -1,13 +1,16 @@
-"""Write ``tests/vectors/frames.json``: run once per version of the frame. See ``tests/vectors/README.md``.
+"""Write ``tests/vectors/frames.json`` and ``kinds.json``: run once per version of the frame. See ``vectors/README.md``.
 
-Everything in it comes from ``tests.reference``, and nothing from the package.
+Everything in them comes from ``tests.reference``, and nothing from the package.
 """
 
 import hashlib
 import json
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from tests import reference
 
@@ -15,6 +18,13 @@ OUTPUT = Path(__file__).parent / "vectors" / "frames.json"
 SOURCE = (
     "tests/make_frames.py, from the description of the format and independently of the package. Frames of version "
     "0xF9, algorithm 0x02. key, nonce, payload, frame and stored are in hexadecimal; text is as in text storage."
+)
+
+KINDS_OUTPUT = OUTPUT.with_name("kinds.json")
+KINDS_SOURCE = (
+    "tests/make_frames.py, from the description of the format and independently of the package. Frames of version "
+    "0xF9, algorithm 0x02, of columns of every type but JSON. key, nonce, payload, frame and stored are in "
+    "hexadecimal; value is the value as text: see README.md."
 )
 
 NAME = "plugin.credentials"
@@ -205,6 +215,180 @@ def bad_texts() -> list[Entry]:
     ]
 
 
+def zone(**offset: int) -> timezone:
+    return timezone(timedelta(**offset))
+
+
+def good_values() -> list[tuple[str, str, bytes]]:
+    """Return type, value as text, and payload."""
+    texts = ["", "hello", "grün 鍵 \U0001f511 \0", '{"token":"s3cr3t"}', "enc:v3:-QKl", "\x02", "x" * 1000]
+    numbers = [0, 1, -1, 255, 256, -(2**63), 2**64, 2**127 - 1, -(2**127)]
+    big_numbers = [2**127, -(2**127) - 1, 10**40, 2**14_000 - 1]
+    decimals = "0 -0 0.00 1 -1 1.50 -1.500 0.1 1E+3 1.2E-7 0.0000012 1E-100 0E+3 -0E-20 12345678901234567890.123456789"
+    long_decimals = ["1" * 46, "1" * 47, "1" * 48, "0." + "9" * 200]
+    dates = [date(1, 1, 1), date(999, 2, 3), date(1970, 1, 1), date(2024, 2, 29), date(9999, 12, 31)]
+    times = [time(0), time(23, 59, 59, 999_999), time(12, 30), time(1, 2, 3, 4)]
+    naive = [datetime.combine(*pair) for pair in zip(dates, [*times, time(7)], strict=True)]
+    zones = [UTC, zone(hours=2), zone(hours=-3, minutes=-30), zone(minutes=53, seconds=28), zone(seconds=-1)]
+    zones += [zone(hours=23, minutes=59, seconds=59), zone(hours=-23, minutes=-59, seconds=-59)]
+    aware = [datetime(2024, 10, 27, 2, 30, 0, 5, found) for found in zones]
+    aware += [datetime(1, 1, 1, tzinfo=zone(hours=14)), datetime(9999, 12, 31, 23, tzinfo=zone(hours=-12))]
+    uuids = [UUID(int=0), UUID(int=2**128 - 1), UUID("00112233-4455-6677-8899-aabbccddeeff")]
+    intervals = [timedelta(), timedelta(microseconds=-1), timedelta(1, 2, 3), timedelta.min, timedelta.max]
+    names = ["red", "grün", "", "n" * 47, "n" * 48]
+    floats = [0.0, -0.0, 1.0, -0.1, 1e22, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308]
+    return [
+        *(("text", value, reference.text_payload(value)) for value in texts),
+        *(("bytes", value.hex(), reference.bytes_payload(value)) for value in (b"", b"\0", b"\xff\x80", b"text")),
+        *(("integer", str(value), reference.integer_payload(value)) for value in [*numbers, *big_numbers]),
+        *(
+            ("decimal", value, reference.decimal_payload(Decimal(value)))
+            for value in [*decimals.split(), *long_decimals]
+        ),
+        *(("boolean", str(value).lower(), reference.boolean_payload(value)) for value in (False, True)),
+        *(("date", reference.date_payload(value)[1:].decode(), reference.date_payload(value)) for value in dates),
+        *(("time", reference.time_payload(value)[1:].decode(), reference.time_payload(value)) for value in times),
+        *(
+            (name, reference.datetime_payload(value)[1:].decode(), reference.datetime_payload(value))
+            for name, values in {"naive datetime": naive, "aware datetime": aware}.items()
+            for value in values
+        ),
+        *(("uuid", str(value), reference.uuid_payload(value)) for value in uuids),
+        *(
+            ("interval", str(value // timedelta(microseconds=1)), reference.interval_payload(value))
+            for value in intervals
+        ),
+        *(("enum", value, reference.enum_payload(value)) for value in names),
+        *(("float", value.hex(), reference.float_payload(value)) for value in floats),
+    ]
+
+
+def good_kinds() -> list[Entry]:
+    return [
+        good(f"{type_} {number}", payload) | {"type": type_, "value": value}
+        for number, (type_, value, payload) in enumerate(good_values())
+    ]
+
+
+def spelt(first: bytes, *texts: str) -> dict[str, bytes]:
+    return {f"spelt {text!r}": first + text.encode() for text in texts}
+
+
+def bad_payloads() -> dict[str, dict[str, bytes]]:
+    """Return for each type what a column of it does not read; beyond what is so for every type."""
+    zeros = bytes(16)
+    return {
+        "text": {"no UTF-8": b"\x03\xff", "overlong": b"\x03\xc0\x80", "a surrogate": b"\x03\xed\xa0\x80"},
+        "bytes": {"padded": b"\x84" + reference.padded(b"")},
+        "integer": {
+            "15 bytes": b"\x10" + zeros[1:],
+            "17 bytes": b"\x10" + zeros + b"\0",
+            "as text, though it has room": b"\x11" + b"170141183460469231731687303715884105727",
+            "as text, though it has room, negative": b"\x11" + b"-170141183460469231731687303715884105728",
+            "leading zero": b"\x110170141183460469231731687303715884105728",
+            "plus": b"\x11+170141183460469231731687303715884105728",
+            "underscore": b"\x11170141183460469231731687303715884_105728",
+            "newline": b"\x11170141183460469231731687303715884105728\n",
+            "14,001 bits": reference.integer_payload(2**14_000),
+        },
+        "decimal": {
+            "unpadded": b"\x121.50",
+            "kind 12, padded": b"\x12" + reference.padded(b"1.50"),
+            "no padding": b"\x921.50",
+            "nothing": b"\x92",
+            "empty": b"\x92" + reference.padded(b""),
+            "48 zeros": b"\x92" + bytes(48),
+            "a block too many": b"\x92" + reference.padded(b"1.50") + bytes(48),
+            "47 bytes": b"\x92" + reference.padded(b"1.50")[:-1],
+            "ends with another byte": b"\x92" + reference.padded(b"1.50")[:-1] + b"\x01",
+            **{
+                comment: b"\x92" + reference.padded(payload[1:])
+                for comment, payload in spelt(
+                    *(b"\x92", "NaN", "sNaN", "Infinity", "-Infinity", "1e3", "1E3", "1000E+0", "+1", ".5", "1.", "01"),
+                    *(" 1", "1_0", "1\n", "0.00000012", "\u0661", "x"),
+                ).items()
+            },
+        },
+        "boolean": {"02": b"\x13\x02", "FF": b"\x13\xff", "two bytes": b"\x13\x01\x00"},
+        "date": spelt(
+            *(b"\x14", "19991231", "1999-W52-5", "1999-13-01", "1999-02-29", "0000-01-01", "1999-12-1", "1999/12/31"),
+            *("1999-12-31T00:00:00", " 1999-12-31", "1999-12-3\u0661", "1999-12-31\n", "1999-12-32"),
+        ),
+        "time": spelt(
+            *(b"\x15", "12:30", "12:30:00", "12:30:00.000", "123000.000000", "12:30:60.000000", "24:00:00.000000"),
+            *("12:30:00,000000", "T12:30:00.000000", "12:30:00.000000+00:00", "12:30:00.000000Z", "12:30:00.0000001"),
+        ),
+        "naive datetime": spelt(
+            *(b"\x16", "1999-12-31", "1999-12-31T12:30:00", "1999-12-31 12:30:00.000000", "19991231T123000.000000"),
+            *("1999-12-31T12:30:00.000000+00:00:00", "1999-02-29T12:30:00.000000", "1999-12-31t12:30:00.000000"),
+            "1999-12-31T24:00:00.000000",
+        ),
+        "aware datetime": spelt(
+            b"\x17",
+            *(
+                f"1999-12-31T12:30:00.000000{offset}"
+                for offset in [
+                    *("", "Z", "+00:00", "+01:00", "-00:00:00", "+24:00:00", "+0100:00", "+010000", "+01:00:00.000001"),
+                    *("+01:60:00", "+01:00:60", "+01:00:00 ", "\u221201:00:00"),
+                ]
+            ),
+            "1999-12-31T12:30:00+01:00:00",
+        ),
+        "uuid": {
+            "15 bytes": b"\x18" + zeros[1:],
+            "17 bytes": b"\x18" + zeros + b"\0",
+            "hexadecimal": b"\x18" + b"0" * 32,
+        },
+        "interval": {
+            "15 bytes": b"\x19" + zeros[1:],
+            "17 bytes": b"\x19" + zeros + b"\0",
+            "one beyond the longest": b"\x19" + reference.sixteen_bytes(timedelta.max // timedelta(microseconds=1) + 1),
+            "the longest of 16 bytes": b"\x19" + reference.sixteen_bytes(2**127 - 1),
+        },
+        "enum": {
+            "no member": reference.enum_payload("blue"),
+            "another case": reference.enum_payload("RED"),
+            "unpadded": b"\x1ared",
+            "kind 1A, padded": b"\x1a" + reference.padded(b"red"),
+            "no padding": b"\x9ared",
+            "a block too many": reference.enum_payload("red") + bytes(48),
+            "no UTF-8": b"\x9a" + reference.padded(b"\xff"),
+        },
+        "float": {
+            "infinity": b"\x1b\x7f\xf0" + bytes(6),
+            "minus infinity": b"\x1b\xff\xf0" + bytes(6),
+            "NaN": b"\x1b\x7f\xf8" + bytes(6),
+            "signalling NaN": b"\x1b\x7f\xf0" + bytes(5) + b"\1",
+            "7 bytes": b"\x1b" + bytes(7),
+            "9 bytes": b"\x1b" + bytes(9),
+            "4 bytes": b"\x1b" + bytes(4),
+        },
+    }
+
+
+def bad_kinds() -> list[Entry]:
+    """Return what a column of each type does not read: of its own kind, and the first value of every other type."""
+    key, nonce = drawn("key", 32), drawn("bad kind", 24)
+    first: dict[str, bytes] = {}
+    for type_, _, payload in good_values():
+        first.setdefault(type_, payload)
+    found = [
+        (type_, what, payload)
+        for type_, payloads in bad_payloads().items()
+        for what, payload in {"nothing at all": b"", **payloads}.items()
+    ]
+    found += [
+        (type_, f"the payload of {other}", payload)
+        for type_ in first
+        for other, payload in {**first, "JSON": b"\x01null", "big JSON": b"\x0218446744073709551616"}.items()
+        if type_ != other
+    ]
+    return [
+        bad(f"{type_}: {what}", "MalformedPayloadError", reference.frame(key, NAME, nonce, payload)) | {"type": type_}
+        for type_, what, payload in found
+    ]
+
+
 def main() -> None:
     frames = good_frames()
     document = {
@@ -212,7 +396,9 @@ def main() -> None:
         "frames": frames,
         "must_fail": [*bad_frames(bytes.fromhex(frames[0]["frame"])), *bad_texts()],
     }
-    OUTPUT.write_text(json.dumps(document, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
+    kinds = {"source": KINDS_SOURCE, "frames": good_kinds(), "must_fail": bad_kinds()}
+    for path, written in {OUTPUT: document, KINDS_OUTPUT: kinds}.items():
+        path.write_text(json.dumps(written, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

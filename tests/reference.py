@@ -6,7 +6,11 @@ a check that a writer does not need.
 
 import hashlib
 import hmac
+import math
 from base64 import b64encode
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from uuid import UUID
 
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -78,3 +82,100 @@ def frame(key: bytes, name: str, nonce: bytes, payload: bytes) -> bytes:
 
 def text(value: bytes) -> str:
     return "enc:v3:" + b64encode(value).decode().rstrip("=").translate({ord("+"): "-", ord("/"): "_"})
+
+
+# --- Payloads --------------------------------------------------------------------------------------------------------
+
+
+def padded(content: bytes) -> bytes:
+    content += b"\x80"
+    while len(content) % 48:
+        content += b"\x00"
+    return content
+
+
+def sixteen_bytes(number: int) -> bytes:
+    return bytes(number >> shift & 0xFF for shift in range(120, -1, -8))
+
+
+def text_payload(value: str) -> bytes:
+    return b"\x03" + value.encode("utf-8")
+
+
+def bytes_payload(value: bytes) -> bytes:
+    return b"\x04" + value
+
+
+def integer_payload(value: int) -> bytes:
+    if -(1 << 127) <= value < 1 << 127:
+        return b"\x10" + sixteen_bytes(value)
+    digits, rest = "", abs(value)
+    while rest:
+        rest, digit = divmod(rest, 10)
+        digits += "0123456789"[digit]
+    return b"\x11" + ("-" * (value < 0) + digits[::-1]).encode("ascii")
+
+
+def decimal_payload(value: Decimal) -> bytes:
+    """By the algorithm of the General Decimal Arithmetic Specification, to-scientific-string."""
+    sign, coefficient, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    digits = "".join(map(str, coefficient))
+    adjusted = exponent + len(digits) - 1
+    if exponent > 0 or adjusted < -6:
+        text = digits[0] + (f".{digits[1:]}" if digits[1:] else "") + f"E{adjusted:+d}"
+    elif exponent == 0:
+        text = digits
+    else:
+        digits = digits.rjust(1 - exponent, "0")
+        text = f"{digits[:exponent]}.{digits[exponent:]}"
+    return b"\x92" + padded(("-" * sign + text).encode("ascii"))
+
+
+def boolean_payload(value: bool) -> bytes:  # noqa: FBT001 - the value
+    return b"\x13\x01" if value else b"\x13\x00"
+
+
+def date_payload(value: date) -> bytes:
+    return f"\x14{value.year:04}-{value.month:02}-{value.day:02}".encode("ascii")
+
+
+def time_payload(value: time) -> bytes:
+    return f"\x15{value.hour:02}:{value.minute:02}:{value.second:02}.{value.microsecond:06}".encode("ascii")
+
+
+def datetime_payload(value: datetime) -> bytes:
+    local = date_payload(value.date())[1:] + b"T" + time_payload(value.time())[1:]
+    offset = value.utcoffset()
+    if offset is None:
+        return b"\x16" + local
+    seconds = abs(offset) // timedelta(seconds=1)
+    sign = "-" if offset < timedelta() else "+"
+    return b"\x17" + local + f"{sign}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}".encode("ascii")
+
+
+def uuid_payload(value: UUID) -> bytes:
+    return b"\x18" + bytes.fromhex(str(value).replace("-", ""))
+
+
+def interval_payload(value: timedelta) -> bytes:
+    return b"\x19" + sixteen_bytes(value // timedelta(microseconds=1))
+
+
+def enum_payload(name: str) -> bytes:
+    return b"\x9a" + padded(name.encode("utf-8"))
+
+
+def float_payload(value: float) -> bytes:
+    """By the definition of binary64: sign, exponent and fraction."""
+    sign = int(math.copysign(1, value) < 0)
+    mantissa, exponent = math.frexp(abs(value))
+    biased = exponent + 1022
+    if mantissa == 0:
+        biased = fraction = 0
+    elif biased < 1:
+        biased, fraction = 0, int(math.ldexp(mantissa, biased + 52))
+    else:
+        fraction = int(math.ldexp(mantissa, 53)) - (1 << 52)
+    bits = sign << 63 | biased << 52 | fraction
+    return b"\x1b" + bytes(bits >> shift & 0xFF for shift in range(56, -1, -8))
