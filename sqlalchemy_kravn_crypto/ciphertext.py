@@ -89,11 +89,6 @@ class Frame(NamedTuple):
     """Ciphertext and tag."""
 
 
-def pack(header: bytes, nonce: bytes, body: bytes) -> bytes:
-    """Return the frame of one value, from its header, its nonce, and ciphertext with tag."""
-    return header + nonce + body
-
-
 def split(frame: bytes) -> tuple[bytes, bytes, bytes]:
     """Return header, nonce, and ciphertext with tag, as they are; :func:`parse` checks them."""
     return frame[_HEADER], frame[_NONCE], frame[_BODY]

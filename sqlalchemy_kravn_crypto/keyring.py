@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 
 from .aead import Xaes256Gcm
-from .ciphertext import MIN_FRAME_SIZE, NONCE_SIZE, ColumnName, pack, parse, split
+from .ciphertext import MIN_FRAME_SIZE, NONCE_SIZE, ColumnName, parse, split
 from .derivation import KEY_SIZE, expand, key_id_of
 from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
 from .secrecy import KeepsSecret
@@ -20,7 +20,7 @@ class DataKey(KeepsSecret):
     :param key: 32 uniformly random bytes.
     """
 
-    __slots__ = ("_aead", "_check", "key_id")
+    __slots__ = ("_check", "_decrypt", "_encrypt", "key_id")
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_SIZE:
@@ -28,7 +28,8 @@ class DataKey(KeepsSecret):
             raise ValueError(msg)
         self.key_id = key_id_of(key)
         self._check = expand(key, "key-check")
-        self._aead = Xaes256Gcm(expand(key, "aead/02"))
+        aead = Xaes256Gcm(expand(key, "aead/02"))
+        self._encrypt, self._decrypt = aead.encrypt, aead.decrypt
 
     @classmethod
     def generate(cls) -> DataKey:
@@ -47,11 +48,11 @@ class DataKey(KeepsSecret):
     def encrypt(self, nonce: bytes, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload. Deterministic; :meth:`Keyring.encrypt` draws the nonce."""
         _, header, associated_data = name.bound_to(self.key_id)
-        return pack(header, nonce, self._aead.encrypt(nonce, payload, associated_data))
+        return header + nonce + self._encrypt(nonce, payload, associated_data)
 
     def decrypt(self, nonce: bytes, body: bytes, associated_data: bytes) -> bytes | None:
         """Return the payload, or ``None`` if anything is not as it was written."""
-        return self._aead.decrypt(nonce, body, associated_data)
+        return self._decrypt(nonce, body, associated_data)
 
     def __repr__(self) -> str:
         return f"<DataKey {self.key_id.hex()}>"

@@ -15,7 +15,6 @@ from sqlalchemy_kravn_crypto.ciphertext import (
     MIN_FRAME_SIZE,
     ColumnName,
     from_text,
-    pack,
     parse,
     to_text,
 )
@@ -35,13 +34,13 @@ def entries(found: list[dict[str, str]]) -> pytest.MarkDecorator:
 
 
 @entries(FRAMES)
-def test_frozen_frame_is_taken_apart_and_packed_again(entry: dict[str, str]) -> None:
+def test_frozen_frame_is_taken_apart(entry: dict[str, str]) -> None:
     frame = bytes.fromhex(entry["frame"])
     key, name = bytes.fromhex(entry["key"]), entry["name"]
     header = b"\xf9\x02" + reference.key_id(key) + hashlib.sha256(name.encode()).digest()[:2]
     parsed = parse(frame)
     assert parsed == (header, header[2:10], header[10:12], bytes.fromhex(entry["nonce"]), frame[36:])
-    assert pack(parsed.header, parsed.nonce, parsed.body) == frame
+    assert parsed.header + parsed.nonce + parsed.body == frame
 
 
 @entries(FRAMES)
