@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["tests.fixtures_postgres", "tests.fixtures_kms"]
+pytest_plugins = ["tests.fixtures_postgres", "tests.fixtures_mariadb", "tests.fixtures_kms"]
 
 
 @pytest.fixture(autouse=True)
