@@ -1,12 +1,18 @@
 """Encrypted SQLAlchemy columns whose data key is wrapped by your own key manager."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import exceptions
 from .boot import configure, configure_async, reset
+from .ciphertext_checks import add_ciphertext_checks
 from .context import is_configured, use_keyring
 from .exceptions import KravnCryptoError
 from .keyring import DataKey, Keyring
 from .schema import kms_tables
 from .types import Encrypted, EncryptedBytes, EncryptedJSON, EncryptedString
+
+if TYPE_CHECKING:
+    from .mutable import MutableJSON
 
 __version__ = "0.1.0"
 
@@ -18,6 +24,8 @@ __all__ = [
     "EncryptedString",
     "Keyring",
     "KravnCryptoError",
+    "MutableJSON",
+    "add_ciphertext_checks",
     "configure",
     "configure_async",
     "exceptions",
@@ -26,3 +34,12 @@ __all__ = [
     "reset",
     "use_keyring",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs SQLAlchemy's ORM when it is asked for, since Core does without."""
+    if name != "MutableJSON":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .mutable import MutableJSON  # noqa: PLC0415 - as above
+
+    return MutableJSON

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -14,9 +16,9 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import guards
-from .context import publish
+from .context import current_keyring, is_configured, publish
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
-from .keystore import KeyStore, Opened
+from .keystore import NO_PROVIDER, KeyStore, Opened
 from .rows import KeyRow, StoredRows, connect, read_rows
 from .types import encrypted_columns
 from .wrapping import Blocking, run_here
@@ -39,6 +41,7 @@ class _Process:
         self.lock = threading.Lock()
         self.engine: Engine | None = None
         self.settings: Settings | None = None
+        self.provider: KeyProvider | None = None
         self.deployment_id = ""
 
 
@@ -53,6 +56,7 @@ def configure(
     engine: Engine,
     settings: Settings | None = None,
     *,
+    provider: KeyProvider | None = None,
     check_statements: bool = True,
     redact_errors: bool = True,
 ) -> None:
@@ -64,6 +68,7 @@ def configure(
 
     :param engine: a synchronous engine; see :func:`configure_async` for the other kind.
     :param settings: instead of those from the environment.
+    :param provider: the KMS, in place of one that the settings name: one of your own, or one for tests.
     :param check_statements: refuse what the engine is to execute if it sorts, groups, computes with or overwrites
         encrypted columns in SQL.
     :param redact_errors: name the types of parameters in the errors of the engine instead of the values.
@@ -78,7 +83,7 @@ def configure(
             "configure() takes a synchronous Engine. For an AsyncEngine: await configure_async(engine)."
         )
     with _process.lock:
-        _configure(engine, settings or _settings(), run_here)
+        _configure(engine, settings or _settings(), provider, run_here)
     guards.install(engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
@@ -86,6 +91,7 @@ async def configure_async(
     engine: AsyncEngine,
     settings: Settings | None = None,
     *,
+    provider: KeyProvider | None = None,
     check_statements: bool = True,
     redact_errors: bool = True,
 ) -> None:
@@ -101,15 +107,30 @@ async def configure_async(
     def in_thread(function: Callable[[], T], /) -> T:
         return await_only(asyncio.to_thread(function))
 
-    await greenlet_spawn(_configure, engine.sync_engine, settings or await asyncio.to_thread(_settings), in_thread)
+    settings = settings or await asyncio.to_thread(_settings)
+    await greenlet_spawn(_configure, engine.sync_engine, settings, provider, in_thread)
     guards.install(engine.sync_engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
 def reset() -> None:
     """Forget what the process was configured with, keys included; for tests, or before another key store."""
-    _process.engine = _process.settings = None
+    _process.engine = _process.settings = _process.provider = None
     _process.deployment_id = ""
     publish(None)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Within a ``with`` block, do as if the process had not been configured; afterwards, as before. For tests."""
+    before = _process.engine, _process.settings, _process.provider, _process.deployment_id
+    # In an empty context, since `use_keyring` may be in effect here.
+    keyring = Context().run(lambda: current_keyring() if is_configured() else None)
+    reset()
+    try:
+        yield
+    finally:
+        _process.engine, _process.settings, _process.provider, _process.deployment_id = before
+        publish(keyring)
 
 
 def provision(engine: Engine, settings: Settings | None = None, *, new_database: bool = False) -> StoredRows:
@@ -197,22 +218,24 @@ def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, probl
         _reported(problems, store.rehearse)
 
 
-def _configure(engine: Engine, settings: Settings, blocking: Blocking) -> None:
+def _configure(engine: Engine, settings: Settings, provider: KeyProvider | None, blocking: Blocking) -> None:
     if _process.settings is not None:
-        _refuse_another(engine, settings)
+        _refuse_another(engine, settings, provider)
         return
     for weakness in settings.weaknesses():
         logger.warning("%s", weakness)
-    opened: Opened = _key_store(settings).open(engine, encrypted_columns(), blocking=blocking)
-    _process.engine, _process.settings, _process.deployment_id = engine, settings, opened.deployment_id
+    opened: Opened = _key_store(settings, provider).open(engine, encrypted_columns(), blocking=blocking)
+    _process.engine, _process.settings, _process.provider = engine, settings, provider
+    _process.deployment_id = opened.deployment_id
     publish(opened.keyring)
     logger.info("configured with %r of deployment %s", opened.keyring, opened.deployment_id)
 
 
-def _refuse_another(engine: Engine, settings: Settings) -> None:
-    if settings != _process.settings:
+def _refuse_another(engine: Engine, settings: Settings, provider: KeyProvider | None) -> None:
+    if settings != _process.settings or provider is not _process.provider:
         raise AlreadyConfiguredError(
-            "This process is already configured with other settings. Call reset() first if that is what you want."
+            "This process is already configured with other settings or another provider. Call reset() first if that "
+            "is what you want."
         )
     if engine is _process.engine:
         return
@@ -230,9 +253,16 @@ def _settings() -> Settings:
     return Settings.from_environment()
 
 
-def _key_store(settings: Settings) -> KeyStore:
+def _key_store(settings: Settings, provider: KeyProvider | None = None) -> KeyStore:
+    if provider is not None and settings.kms_provider.value != NO_PROVIDER:
+        raise ConfigurationError(
+            f"configure() was given the provider {provider.name!r}, but the settings name "
+            f"{settings.kms_provider.value!r}. Leave one of them out."
+        )
+    if provider is not None and provider.name in {"", NO_PROVIDER}:
+        raise ConfigurationError(f"The provider given to configure() must have a name other than {NO_PROVIDER!r}.")
     return KeyStore(
-        provider=_provider(settings),
+        provider=_provider(settings) if provider is None else provider,
         secret=None if settings.secret is None else settings.secret.get_secret_value(),
         secret_file=settings.secret_file,
         deployment_id=None if settings.deployment_id is None else str(settings.deployment_id),

@@ -20,14 +20,24 @@ from sqlalchemy import JSON, Engine, create_engine, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqlalchemy_kravn_crypto import EncryptedJSON, configure, configure_async, is_configured, reset, use_keyring
+from sqlalchemy_kravn_crypto import (
+    DataKey,
+    EncryptedJSON,
+    Keyring,
+    configure,
+    configure_async,
+    is_configured,
+    reset,
+    use_keyring,
+)
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto.boot import provision, status
+from sqlalchemy_kravn_crypto.boot import provision, set_aside, status
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.migrate import migrate
 from sqlalchemy_kravn_crypto.providers.azure import AzureProvider
 from sqlalchemy_kravn_crypto.settings import Settings
+from sqlalchemy_kravn_crypto.testing import FakeKMS
 from tests.azure_server import AzureVault
 from tests.fixtures_postgres import asynchronous
 from tests.openbao import OpenBao
@@ -651,3 +661,78 @@ def test_reset_leaves_no_keyring_behind(sqlite_url: str, environment: Environmen
     assert not is_configured()
     assert keyring() is None
     engine.dispose()
+
+
+# --- A provider that the settings do not name -----------------------------------------------------------------------
+
+
+def test_a_provider_of_the_programs_own(engine: Engine, environment: Environment) -> None:
+    environment(SECRET=SECRET)
+    kms = FakeKMS("own")
+    configure(engine, provider=kms)
+    write(engine, id=1, credentials=CREDENTIALS)
+    assert read(engine) == CREDENTIALS
+    assert b"MARKER" not in stored(engine)
+    assert [(key.provider, key.state) for key in status(engine).keys] == [("none", "retired"), ("own", "primary")]
+    reset()
+    kms.calls.clear()
+    configure(engine, provider=kms)
+    assert read(engine) == CREDENTIALS
+    assert kms.calls == {"unwrap": 1}
+
+
+def test_a_provider_of_the_programs_own_for_an_asynchronous_engine(
+    engine: Engine, database_url: str, environment: Environment
+) -> None:
+    environment()
+    kms = FakeKMS()
+
+    async def main() -> None:
+        waiting = create_async_engine(asynchronous(database_url))
+        await configure_async(waiting, provider=kms)
+        async with AsyncSession(waiting) as session:
+            session.add(Plugin(id=1, credentials=CREDENTIALS))
+            await session.commit()
+        await waiting.dispose()
+
+    asyncio.run(main())
+    assert read(engine) == CREDENTIALS
+
+
+def test_another_provider_than_before_is_refused(engine: Engine, environment: Environment) -> None:
+    environment(SECRET=SECRET)
+    kms, other = FakeKMS(), FakeKMS()
+    configure(engine, provider=kms)
+    keyring = current_keyring()
+    configure(engine, provider=kms)
+    for provider in (other, None):
+        with pytest.raises(errors.AlreadyConfiguredError, match="another provider"):
+            configure(engine, provider=provider)
+    assert other.calls == {}
+    assert current_keyring() is keyring
+
+
+def test_a_provider_beside_the_one_of_the_settings_is_refused(
+    engine: Engine, environment: Environment, vault: dict[str, str]
+) -> None:
+    environment(**vault)
+    with pytest.raises(errors.ConfigurationError, match=r"'fake'.*'vault'"):
+        configure(engine, provider=FakeKMS())
+    environment(SECRET=SECRET)
+    for name in ("none", ""):
+        with pytest.raises(errors.ConfigurationError, match="a name other than"):
+            configure(engine, provider=FakeKMS(name))
+    assert not is_configured()
+
+
+def test_what_was_configured_can_be_set_aside(engine: Engine, environment: Environment) -> None:
+    environment(SECRET=SECRET)
+    configure(engine)
+    keyring = current_keyring()
+    with use_keyring(Keyring(DataKey.generate())), set_aside():
+        reset()
+        with use_keyring(keyring):
+            assert current_keyring() is keyring
+        configure(engine, provider=FakeKMS())
+    assert current_keyring() is keyring
+    configure(engine)

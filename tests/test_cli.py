@@ -15,8 +15,8 @@ from sqlalchemy_kravn_crypto.cli import print_provisioned
 from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.migrate import migrate
 from tests.fixtures_postgres import asynchronous
+from tests.misbehaving_kms import MisbehavingKMS
 from tests.openbao import OpenBao
-from tests.switch_kms import SwitchKMS
 
 SECRET = "MARKER-of-the-secret-with-enough-characters"
 MODELS = """
@@ -132,7 +132,7 @@ def test_with_a_kms_that_authenticates_nothing_provision_says_what_to_pin(
 ) -> None:
     engine = create_engine(sqlite_url)
     migrate(engine)
-    oaep = SwitchKMS(name="azure", authenticates=False, binds=False)
+    oaep = MisbehavingKMS(name="azure", authenticates=False, binds=False)
     store = KeyStore(provider=oaep, secret=None, secret_file=tmp_path / "secret.key")
     rows, _ = store.provision(engine, pin_later=True)
     print_provisioned(rows)

@@ -47,7 +47,7 @@ from sqlalchemy_kravn_crypto.types import EncryptedJSON
 from sqlalchemy_kravn_crypto.wrapping import binding
 from tests import reference
 from tests.fixtures_postgres import asynchronous
-from tests.switch_kms import SwitchKMS
+from tests.misbehaving_kms import MisbehavingKMS
 
 SECRET = "correct horse battery staple, and forty more characters"
 ROOT = bytes(range(32))  # what secret.key holds, for all tests but those of KRAVN_SECRET: stretching that takes long
@@ -65,8 +65,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def kms() -> SwitchKMS:
-    return SwitchKMS()
+def kms() -> MisbehavingKMS:
+    return MisbehavingKMS()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def secret_key(tmp_path: Path) -> Path:
 def store(secret_key: Path) -> Callable[..., KeyStore]:
     """Make key stores as processes with different settings would."""
 
-    def make(provider: SwitchKMS | None = None, *, secret: str | None = None, **settings: Any) -> KeyStore:
+    def make(provider: MisbehavingKMS | None = None, *, secret: str | None = None, **settings: Any) -> KeyStore:
         return KeyStore(provider=provider, secret=secret, secret_file=secret_key, **settings)
 
     return make
@@ -150,7 +150,7 @@ def test_a_secret_where_a_file_is_on_record_stops_the_boot(engine: Engine, store
 
 
 def test_the_first_boot_with_a_kms_wraps_once_and_checks_what_it_stores(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     opened = store(kms).open(engine)
     # Wrapped; unwrapped to compare; refused under another binding; unwrapped to be used.
@@ -162,7 +162,9 @@ def test_the_first_boot_with_a_kms_wraps_once_and_checks_what_it_stores(
     assert row["master_key"] == "transit/kravn:v1"
 
 
-def test_a_later_boot_only_reads_with_one_query_and_one_kms_call(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_a_later_boot_only_reads_with_one_query_and_one_kms_call(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
     store(kms).open(engine)
     kms.calls.clear()
     statements: list[str] = []
@@ -174,12 +176,14 @@ def test_a_later_boot_only_reads_with_one_query_and_one_kms_call(engine: Engine,
     assert "FOR UPDATE" not in statements[0]
 
 
-def test_what_one_process_writes_every_other_reads(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_what_one_process_writes_every_other_reads(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     frame = store(kms).open(engine).keyring.encrypt(b"payload", NAME)
     assert store(kms).open(engine).keyring.decrypt(frame, NAME) == b"payload"
 
 
-def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
     store(kms).open(engine)
     control, _, row = stored(engine)
 
@@ -192,7 +196,7 @@ def test_the_wrapped_key_is_bound_to_keyring_deployment_and_key_id(engine: Engin
 
 
 def test_without_a_secret_the_kms_also_wraps_the_key_of_the_row_macs(
-    engine: Engine, store: Any, kms: SwitchKMS, secret_key: Path
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path
 ) -> None:
     secret_key.unlink()
     store(kms).open(engine)
@@ -209,14 +213,14 @@ def test_without_a_secret_the_kms_also_wraps_the_key_of_the_row_macs(
         store(kms).open(engine)
 
 
-def test_a_boot_that_may_not_provision_says_what_to_run(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_a_boot_that_may_not_provision_says_what_to_run(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     with pytest.raises(errors.NotProvisionedError, match="kravn-crypto provision"):
         store(kms, may_provision=False).open(engine)
     assert stored(engine) == []
     assert kms.calls == {}
 
 
-def test_a_failed_first_boot_leaves_nothing_behind(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_a_failed_first_boot_leaves_nothing_behind(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     kms.down = True
     with pytest.raises(errors.ProviderUnavailableError):
         store(kms).open(engine)
@@ -227,7 +231,7 @@ def test_a_failed_first_boot_leaves_nothing_behind(engine: Engine, store: Any, k
 
 
 def test_a_kms_that_unwraps_to_something_else_is_refused_before_anything_is_stored(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     kms.returns = os.urandom(32)
     with pytest.raises(errors.WrongKeyError):
@@ -236,7 +240,7 @@ def test_a_kms_that_unwraps_to_something_else_is_refused_before_anything_is_stor
 
 
 def test_a_kms_that_ignores_the_binding_is_refused_before_anything_is_stored(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     kms.ignores_binding = True
     with pytest.raises(errors.ProviderResponseError, match="another binding"):
@@ -246,7 +250,7 @@ def test_a_kms_that_ignores_the_binding_is_refused_before_anything_is_stored(
 
 @pytest.mark.parametrize("returned", [b"", b"x" * 31, b"x" * 32, b"x" * 33])
 def test_another_key_than_was_wrapped_stops_the_boot(
-    engine: Engine, store: Any, kms: SwitchKMS, returned: bytes
+    engine: Engine, store: Any, kms: MisbehavingKMS, returned: bytes
 ) -> None:
     store(kms).open(engine)
     kms.returns = returned
@@ -255,16 +259,16 @@ def test_another_key_than_was_wrapped_stops_the_boot(
     assert caught.value.key_id == stored(engine)[2]["key_id"]
 
 
-def test_a_kms_that_hangs_is_given_up_at_the_deadline(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_a_kms_that_hangs_is_given_up_at_the_deadline(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
-    kms.hangs.clear()
+    kms.slow = answers = threading.Event()
     with pytest.raises(errors.ProviderUnavailableError, match=r"within 0\.2 seconds"):
         store(kms, timeout=0.2).open(engine)
-    kms.hangs.set()
+    answers.set()
 
 
 def test_an_error_that_no_provider_should_raise_does_not_carry_its_text_on(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     store(kms).open(engine)
     kms.raises = RuntimeError("MARKER")
@@ -278,7 +282,7 @@ def test_an_error_that_no_provider_should_raise_does_not_carry_its_text_on(
 
 
 def test_adopting_a_kms_keeps_old_values_readable_and_writes_new_ones_under_its_key(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     before = store().open(engine).keyring
     old = before.encrypt(b"old", NAME)
@@ -293,21 +297,21 @@ def test_adopting_a_kms_keeps_old_values_readable_and_writes_new_ones_under_its_
         before.decrypt(new, NAME)
 
 
-def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     with pytest.raises(errors.ProviderMismatchError, match="KRAVN_KMS_PROVIDER=vault"):
         store().open(engine)
 
 
-def test_another_provider_is_refused_with_both_named(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_another_provider_is_refused_with_both_named(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
-    other = SwitchKMS(name="azure")
+    other = MisbehavingKMS(name="azure")
     with pytest.raises(errors.ProviderMismatchError, match=r"'vault'.*'azure'"):
         store(other).open(engine)
     assert other.calls == {}
 
 
-def test_another_master_key_of_the_same_provider_is_refused(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_another_master_key_of_the_same_provider_is_refused(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     tamper(engine, 3, master_key="transit/other:v1")
     kms.calls.clear()
@@ -317,7 +321,7 @@ def test_another_master_key_of_the_same_provider_is_refused(engine: Engine, stor
 
 
 def test_the_bootstrap_secret_is_still_needed_after_adoption(
-    engine: Engine, store: Any, kms: SwitchKMS, secret_key: Path
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path
 ) -> None:
     store().open(engine)
     store(kms).open(engine)
@@ -326,7 +330,7 @@ def test_the_bootstrap_secret_is_still_needed_after_adoption(
         store(kms).open(engine)
 
 
-def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store().open(engine)
     tamper(engine, 2, closing="now")
     before = stored(engine)
@@ -337,7 +341,7 @@ def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store
 
 
 def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     bootstrap = store().open(engine).keyring.primary_key_id
     control, row = stored(engine)
@@ -370,7 +374,7 @@ def _write_signed(engine: Engine, mac_key: bytes, rows: list[dict[str, Any]]) ->
         connection.execute(insert(KEYS), [control, *keys])
 
 
-def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     control, *keys = stored(engine)
     mac_key = BOOTSTRAP.mac_key
@@ -397,7 +401,7 @@ def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: 
     ],
 )
 def test_an_altered_row_stops_the_boot_before_the_kms_is_asked(
-    engine: Engine, store: Any, kms: SwitchKMS, row_id: int, column: str, value: Any
+    engine: Engine, store: Any, kms: MisbehavingKMS, row_id: int, column: str, value: Any
 ) -> None:
     store(kms).open(engine)
     kms.calls.clear()
@@ -409,7 +413,9 @@ def test_an_altered_row_stops_the_boot_before_the_kms_is_asked(
     assert kms.calls == {}
 
 
-def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
     store().open(engine)
     old_control, old_row = stored(engine)
     store(kms).open(engine)
@@ -432,7 +438,7 @@ def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(engine: Engine,
     store(kms).open(engine)
 
 
-def test_rows_under_another_secret_say_so(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_rows_under_another_secret_say_so(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     _write_signed(engine, os.urandom(32), stored(engine))
     with pytest.raises(errors.RowAuthenticationError, match="KRAVN_SECRET"):
@@ -441,7 +447,7 @@ def test_rows_under_another_secret_say_so(engine: Engine, store: Any, kms: Switc
 
 def test_a_planted_key_is_refused_even_if_the_kms_would_unwrap_it(engine: Engine, store: Any) -> None:
     """What RSA-OAEP allows to whoever has the public key: a data key that they know, properly wrapped."""
-    kms = SwitchKMS(name="azure", authenticates=False, binds=False)
+    kms = MisbehavingKMS(name="azure", authenticates=False, binds=False)
     store(kms).open(engine)
     control, _, row = stored(engine)
     planted = DataKey(b"known to the attacker, 32 bytes!")
@@ -458,20 +464,22 @@ def test_a_planted_key_is_refused_even_if_the_kms_would_unwrap_it(engine: Engine
 
 
 @pytest.fixture
-def oaep(secret_key: Path) -> SwitchKMS:
+def oaep(secret_key: Path) -> MisbehavingKMS:
     """Give a KMS that authenticates nothing, to a deployment without a secret."""
     secret_key.unlink()
-    return SwitchKMS(name="azure", authenticates=False, binds=False)
+    return MisbehavingKMS(name="azure", authenticates=False, binds=False)
 
 
-def test_a_boot_does_not_provision_what_nothing_would_authenticate(engine: Engine, store: Any, oaep: SwitchKMS) -> None:
+def test_a_boot_does_not_provision_what_nothing_would_authenticate(
+    engine: Engine, store: Any, oaep: MisbehavingKMS
+) -> None:
     with pytest.raises(errors.NotProvisionedError, match="KRAVN_KMS_PINNED_KEYS"):
         store(oaep).open(engine)
     assert stored(engine) == []
 
 
 def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not(
-    engine: Engine, store: Any, oaep: SwitchKMS
+    engine: Engine, store: Any, oaep: MisbehavingKMS
 ) -> None:
     rows, made = store(oaep).provision(engine, pin_later=True)
     assert made
@@ -486,7 +494,7 @@ def test_provisioned_by_hand_and_pinned_it_boots_and_without_the_pin_it_does_not
 
 
 def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
-    engine: Engine, store: Any, oaep: SwitchKMS, caplog: pytest.LogCaptureFixture
+    engine: Engine, store: Any, oaep: MisbehavingKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
     (key,) = store(oaep).provision(engine, pin_later=True)[0].keys
     _, row = stored(engine)
@@ -500,7 +508,7 @@ def test_a_pending_key_that_is_not_pinned_is_left_out_with_a_warning(
 
 
 def test_a_boot_makes_no_key_that_the_pins_keep_everybody_from_loading(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     store().open(engine)
     before = stored(engine)
@@ -512,7 +520,7 @@ def test_a_boot_makes_no_key_that_the_pins_keep_everybody_from_loading(
     assert store(kms, pinned=frozenset({key.key_id})).open(engine).keyring.primary_key_id == key.key_id
 
 
-def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     with pytest.raises(errors.UnpinnedKeyError):
         store(kms, pinned=frozenset({"00" * 8})).open(engine)
@@ -521,7 +529,7 @@ def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: SwitchKM
 # --- Deployments and old data ---------------------------------------------------------------------------------------
 
 
-def test_the_deployment_id_is_recorded_and_another_is_refused(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_the_deployment_id_is_recorded_and_another_is_refused(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     mine, other = str(uuid.uuid4()), str(uuid.uuid4())
     assert store(kms, deployment_id=mine).open(engine).deployment_id == mine
     assert store(kms).open(engine).deployment_id == mine
@@ -540,7 +548,7 @@ def _table_with(engine: Engine, frame: bytes | str | None, storage: str) -> list
     return [EncryptedColumn(table.c.credentials, storage)]
 
 
-def test_no_fresh_key_is_made_over_values_under_a_lost_one(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_no_fresh_key_is_made_over_values_under_a_lost_one(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     lost = Keyring(DataKey.generate())
     columns = _table_with(engine, lost.encrypt(b"\x01{}", NAME), BINARY)
     with pytest.raises(errors.ExistingDataError, match=rf"plugin\.credentials.*{lost.primary_key_id}"):
@@ -551,7 +559,7 @@ def test_no_fresh_key_is_made_over_values_under_a_lost_one(engine: Engine, store
     assert states(engine)[-1] == ("vault", "primary")
 
 
-def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     columns = _table_with(engine, '{"token": "MARKER"}', TEXT)
     with pytest.raises(errors.ExistingDataError, match="not encrypted") as caught:
         store(kms).open(engine, columns)
@@ -569,7 +577,7 @@ def test_a_first_boot_that_knows_of_no_encrypted_column_says_so(
 
 
 def test_values_under_the_bootstrap_key_and_empty_columns_do_not_stop_it(
-    engine: Engine, store: Any, kms: SwitchKMS
+    engine: Engine, store: Any, kms: MisbehavingKMS
 ) -> None:
     key = DataKey(BOOTSTRAP.data_key)
     frame = Keyring(key).encrypt(b"\x01{}", NAME)
@@ -592,9 +600,9 @@ def test_a_missing_table_says_what_to_run(database_url: str, store: Any) -> None
 
 
 @pytest.mark.parametrize("driver", ["synchronous", "asynchronous"])
-def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: SwitchKMS, driver: str) -> None:
+def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: MisbehavingKMS, driver: str) -> None:
     def boot(waiting: Engine) -> None:
-        store(SwitchKMS(), timeout=0.2).open(waiting)
+        store(MisbehavingKMS(), timeout=0.2).open(waiting)
 
     async def boot_asynchronously() -> None:
         waiting = create_async_engine(asynchronous(engine.url.render_as_string(hide_password=False)))
@@ -603,14 +611,14 @@ def test_the_lock_is_waited_for_with_a_bound(engine: Engine, store: Any, kms: Sw
         finally:
             await waiting.dispose()
 
-    kms.hangs.clear()
+    kms.slow = answers = threading.Event()
     first = threading.Thread(target=lambda: store(kms).open(engine))
     first.start()
     while not kms.calls["wrap"]:
         first.join(0.01)
     with pytest.raises(errors.KeyStoreLockedError, match=r"more than 0\.8 seconds"):
         boot(engine) if driver == "synchronous" else asyncio.run(boot_asynchronously())
-    kms.hangs.set()
+    answers.set()
     first.join()
     assert states(engine)[-1] == ("vault", "primary")
 
@@ -629,7 +637,7 @@ def boot_at_once(key_store: KeyStore, engine: Engine, count: int) -> list[str]:
     return found
 
 
-def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     found = boot_at_once(store(kms), engine, 6)
     assert len(found) == 6
     assert len(set(found)) == 1
@@ -640,7 +648,7 @@ def test_processes_that_start_at_once_wrap_once(engine: Engine, store: Any, kms:
 def test_the_engines_isolation_level_does_not_matter(database_url: str, store: Any, level: str) -> None:
     engine = create_engine(database_url, isolation_level=level)
     TABLES.keys.metadata.create_all(engine)
-    kms = SwitchKMS()
+    kms = MisbehavingKMS()
     found = boot_at_once(store(kms), engine, 4)
     assert len(found) == 4
     assert kms.calls["wrap"] == 1
@@ -653,7 +661,7 @@ def test_the_engines_isolation_level_does_not_matter(database_url: str, store: A
 def test_a_failed_boot_writes_nothing_even_where_the_engine_commits_by_itself(database_url: str, store: Any) -> None:
     engine = create_engine(database_url, isolation_level="AUTOCOMMIT")
     TABLES.keys.metadata.create_all(engine)
-    kms = SwitchKMS()
+    kms = MisbehavingKMS()
     kms.down = True
     with pytest.raises(errors.ProviderUnavailableError):
         store(kms).open(engine)
@@ -667,7 +675,7 @@ def test_a_listener_that_begins_transactions_itself_is_no_obstacle(sqlite_url: s
     event.listen(engine, "connect", lambda connection, _record: setattr(connection, "isolation_level", None))
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     TABLES.keys.metadata.create_all(engine)
-    kms = SwitchKMS()
+    kms = MisbehavingKMS()
     store(kms).open(engine)
     store(kms).open(engine)
     assert kms.calls["wrap"] == 1
@@ -683,7 +691,7 @@ def test_a_schema_translate_map_moves_none_of_our_tables(database_url: str, stor
     engine.dispose()
 
 
-def test_a_read_only_database_serves(postgres_url: str, store: Any, kms: SwitchKMS) -> None:
+def test_a_read_only_database_serves(postgres_url: str, store: Any, kms: MisbehavingKMS) -> None:
     engine = create_engine(postgres_url)
     TABLES.keys.metadata.create_all(engine)
     store(kms).open(engine)
@@ -719,7 +727,7 @@ def test_a_database_whose_locks_are_not_known_is_refused(engine: Engine, store: 
         store().open(engine)
 
 
-def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store(kms).open(engine)
     with pytest.raises(Exception, match=r"(?i)unique"):
         tamper(engine, 2, state="primary", primary_of="default")
@@ -734,7 +742,7 @@ def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any
 
 
 def test_neither_representation_nor_log_shows_a_secret(
-    engine: Engine, store: Any, kms: SwitchKMS, caplog: pytest.LogCaptureFixture
+    engine: Engine, store: Any, kms: MisbehavingKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
     key_store = store(kms, secret=SECRET)
     with caplog.at_level(logging.DEBUG):
@@ -747,7 +755,7 @@ def test_neither_representation_nor_log_shows_a_secret(
             assert form not in shown
 
 
-def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, store: Any, kms: SwitchKMS) -> None:
+def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     key_store = store(kms)
     for held in (key_store, key_store.open(engine).keyring, BOOTSTRAP, MacKey(BOOTSTRAP.mac_key), kms):
         for operation in (pickle.dumps, copy.copy, copy.deepcopy):

@@ -25,27 +25,37 @@ RUNGS = {
     "providers/extras.py": 1,
     "schema.py": 1,
     "codecs/documents.py": 2,
+    "codecs/scalars.py": 2,
     "columns.py": 2,
+    "comparator.py": 1,
+    "mutable.py": 1,
     "keyring.py": 2,
     "providers/transport.py": 2,
     "rows.py": 2,
+    "codecs/objects.py": 3,
+    "codecs/selection.py": 3,
     "context.py": 3,
+    "declarations.py": 3,
     "providers/azure.py": 3,
     "providers/vault.py": 3,
     "wrapping.py": 3,
     "keystore.py": 4,
     "types.py": 4,
-    "alembic_plugin.py": 5,
+    "ciphertext_checks.py": 5,
     "migrate.py": 5,
     "settings.py": 5,
-    "boot.py": 6,
-    "demo.py": 7,
-    "cli.py": 8,
+    "alembic_plugin.py": 6,
+    "statements.py": 5,
+    "guards.py": 6,
+    "boot.py": 7,
+    "demo.py": 8,
+    "testing.py": 8,
+    "cli.py": 9,
 }
 FACADES = {"__init__.py", "__main__.py", "codecs/__init__.py", "providers/__init__.py"}
 """What only passes on names of others. They may import any module, and no module imports them."""
 
-NEVER_AT_IMPORT = {"alembic", "azure", "hvac", "pydantic", "pydantic_settings", "requests", "rich", "typer"}
+NEVER_AT_IMPORT = {"alembic", "azure", "hvac", "pydantic", "pydantic_settings", "pytest", "requests", "rich", "typer"}
 
 
 def module_name(file: str) -> str:

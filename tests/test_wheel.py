@@ -94,7 +94,8 @@ def test_has_the_migrations_and_the_marker_of_types(built: Built) -> None:
 
 
 def test_has_nothing_that_only_the_checkout_needs(built: Built) -> None:
-    assert [name for name in contents(built.wheel) if "test" in name or name.endswith((".pyc", "secret.key"))] == []
+    names = set(contents(built.wheel)) - {f"{PACKAGE}/testing.py"}  # for the tests of others
+    assert [name for name in names if "test" in name or name.endswith((".pyc", "secret.key"))] == []
 
 
 def test_source_distribution_builds_the_same_wheel(built: Built) -> None:
