@@ -284,7 +284,7 @@ class EncryptedJSON(EncryptedType[Any]):
     hashable = False
     """Values may be dicts and lists, so ``unique()`` tells rows apart by identity, as with ``sqlalchemy.JSON``."""
 
-    _codec = JSONCodec()
+    _codec: Codec = JSONCodec()
 
     def __init__(
         self,
@@ -325,7 +325,7 @@ class EncryptedString(EncryptedType[str]):
     cache_ok = True
     python_type = str
 
-    _codec = TextCodec()
+    _codec: Codec = TextCodec()
 
 
 class EncryptedBytes(EncryptedType[bytes]):
@@ -334,7 +334,7 @@ class EncryptedBytes(EncryptedType[bytes]):
     cache_ok = True
     python_type = bytes
 
-    _codec = BytesCodec()
+    _codec: Codec = BytesCodec()
 
 
 class Encrypted(EncryptedType[T]):
