@@ -72,6 +72,10 @@ class UnstorableValueError(EncryptionError):
         self.path = path
         self.type_name = type_name
 
+    def for_column(self, name: str) -> UnstorableValueError:
+        """Return the same error with the name of the column that the value was for."""
+        return UnstorableValueError(f"{name}: {self}", path=self.path, type_name=self.type_name)
+
 
 class DecryptionError(KravnCryptoError):
     """A stored value cannot be decrypted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 from weakref import WeakSet
@@ -11,10 +12,14 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from .exceptions import UnsupportedOperationError
 from .statements import check_statement
 
 # SQLAlchemy keeps compiled statements, so each is checked once and not with every execution.
 _checked: Final[WeakSet[SQLCompiler]] = WeakSet()
+
+# asyncpg repeats a parameter that it cannot send, whatever hide_parameters says.
+_REPEATED: Final = re.compile(r"(invalid input for query argument [^:]*): .*", re.DOTALL)
 
 
 def install(engine: Engine, *, check_statements: bool = True, redact_errors: bool = True) -> None:
@@ -31,7 +36,7 @@ def _listen(engine: Engine, name: str, listener: Any) -> None:
 
 
 def _check_before_execution(
-    _connection: Any, _cursor: Any, _statement: str, _parameters: Any, context: Any, _executemany: Any
+    _connection: Any, cursor: Any, _statement: str, _parameters: Any, context: Any, _executemany: Any
 ) -> None:
     compiled = context.compiled if context is not None else None
     if not isinstance(compiled, SQLCompiler) or compiled in _checked:
@@ -39,7 +44,11 @@ def _check_before_execution(
     # Of a statement of the ORM, what it made of the one that was written.
     made: Any = getattr(compiled.compile_state, "statement", None)
     written: Any = compiled.statement
-    check_statement(written if made is None else made)
+    try:
+        check_statement(written if made is None else made)
+    except UnsupportedOperationError:
+        cursor.close()  # SQLAlchemy closes it only once it has been used
+        raise
     _checked.add(compiled)
 
 
@@ -47,6 +56,19 @@ def _redact_error(context: ExceptionContext) -> None:
     error = context.sqlalchemy_exception
     if isinstance(error, StatementError) and error.params is not None:
         error.params = _redacted(error.params)
+        if _REPEATED.search(str(error.orig)):
+            _redact_driver_error(error)
+
+
+def _redact_driver_error(error: StatementError) -> None:
+    """Take a parameter out of the messages of SQLAlchemy's, the adapter's and the driver's error."""
+    driver = None if error.orig is None else error.orig.__cause__
+    for found in (error, error.orig, driver):
+        if found is not None:
+            found.args = tuple(_REPEATED.sub(r"\1", one) if isinstance(one, str) else one for one in found.args)
+    if driver is not None:
+        # The error of asyncpg's encoder, which may hold the parameter as well.
+        driver.__cause__ = driver.__context__ = None
 
 
 def _redacted(parameters: Any) -> Any:

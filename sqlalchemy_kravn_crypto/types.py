@@ -22,7 +22,7 @@ from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register
 from .comparator import RefusingComparator
 from .context import current_keyring
 from .declarations import refuse_meaningless
-from .exceptions import ColumnError
+from .exceptions import ColumnError, UnstorableValueError
 
 T = TypeVar("T")
 
@@ -215,8 +215,15 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             if value is None:
                 return None
             keyring = current_keyring()
-            frame = keyring.encrypt(encode(value), attachment.name or unattached())
-            return to_text(frame) if is_text else frame
+            name = attachment.name or unattached()
+            try:
+                payload = encode(value)
+            except UnstorableValueError as error:
+                refused = error
+            else:
+                frame = keyring.encrypt(payload, name)
+                return to_text(frame) if is_text else frame
+            raise refused.for_column(name.name)
 
         return encrypt
 

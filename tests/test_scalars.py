@@ -123,7 +123,7 @@ def exactly(value: Any) -> Any:
     return kind, value
 
 
-def refused(codec: Codec, value: Any, match: str = "The value at") -> UnstorableValueError:
+def refused(codec: Codec, value: Any, match: str = "The value, of type") -> UnstorableValueError:
     with pytest.raises(UnstorableValueError, match=match) as caught:
         codec.encode(value)
     error = caught.value

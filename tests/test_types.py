@@ -1,15 +1,13 @@
-"""The column types on both databases, through the ORM, Core and the asynchronous drivers."""
+"""The column types on both databases, through the ORM and Core."""
 
-import asyncio
 import copy
 import json
 import logging
 import os
 import pickle
 from base64 import urlsafe_b64decode
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import pytest
@@ -17,15 +15,12 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     Column,
-    Computed,
     Engine,
-    FetchedValue,
     ForeignKey,
     Integer,
     LargeBinary,
     MetaData,
     Table,
-    Text,
     bindparam,
     create_engine,
     func,
@@ -44,7 +39,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -64,7 +58,6 @@ from sqlalchemy.sql import quoted_name
 from sqlalchemy_kravn_crypto import DataKey, EncryptedJSON, Keyring, use_keyring
 from sqlalchemy_kravn_crypto import exceptions as errors
 from tests import reference
-from tests.fixtures_postgres import asynchronous
 from tests.leaks import leaked
 
 MARKER = "S3CR3T" + "-marker"
@@ -676,7 +669,9 @@ def test_names_of_an_annotated_column() -> None:
 
 
 def test_names_of_copied_tables() -> None:
-    table = declared("users", Column("profile", EncryptedJSON()), Column("pinned", EncryptedJSON(associated_data="pinned.name")))
+    table = declared(
+        "users", Column("profile", EncryptedJSON()), Column("pinned", EncryptedJSON(associated_data="pinned.name"))
+    )
     copied = table.to_metadata(MetaData())
     renamed = table.to_metadata(MetaData(), name="people", schema="other")
     assert [name_of(column) for column in (copied.c.profile, copied.c.pinned)] == ["users.profile", "pinned.name"]
@@ -800,7 +795,12 @@ def test_types_are_cached_by_name_and_storage() -> None:
     named_alike = declared("t", Column("a", EncryptedJSON()))
     coerced = [
         type_coerce(literal_column("x"), type_)
-        for type_ in (table.c.a.type, table.c.b.type, EncryptedJSON(associated_data="t.c"), EncryptedJSON(associated_data="t.c", storage="text"))
+        for type_ in (
+            table.c.a.type,
+            table.c.b.type,
+            EncryptedJSON(associated_data="t.c"),
+            EncryptedJSON(associated_data="t.c", storage="text"),
+        )
     ]
     keys = [key(one) for one in coerced]
     assert all(one is not None for one in keys)
@@ -957,71 +957,7 @@ def test_altered_truncated_and_foreign_values_are_refused(engine: Engine, field:
             assert leaked(caught.value, MARKER, frame[12:36], frame[36:]) == []
 
 
-# --- What is refused when the column is declared ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("flag", ["primary_key", "unique", "index"])
-def test_flag_that_means_nothing_on_ciphertext_is_refused(flag: str, storage: str) -> None:
-    metadata = MetaData()
-    options: dict[str, Any] = {flag: True}
-    column: Column[Any] = Column("value", EncryptedJSON(storage=storage), **options)
-    with pytest.raises(errors.ColumnError, match=rf"t\.value is encrypted, so it cannot be {flag}"):
-        Table("t", metadata, column)
-    assert metadata.tables == {}
-
-
-@pytest.mark.parametrize(
-    "default",
-    [
-        pytest.param({"server_default": '{"a": 1}'}, id="text"),
-        pytest.param({"server_default": text("'{}'")}, id="SQL"),
-        pytest.param({"server_default": null()}, id="null"),
-        pytest.param({"server_default": FetchedValue()}, id="trigger"),
-        pytest.param({"server_default": literal({"a": MARKER}, EncryptedJSON())}, id="literal"),
-    ],
-)
-def test_server_default_is_refused(default: dict[str, Any]) -> None:
-    with pytest.raises(errors.ColumnError, match=r"t\.value is encrypted.*server_default.*Use default=") as caught:
-        declared("t", Column("value", EncryptedJSON(), **default))
-    assert leaked(caught.value, MARKER) == []
-
-
-def test_computed_column_is_refused() -> None:
-    with pytest.raises(errors.ColumnError, match="server_default or be computed"):
-        declared("t", Column("value", EncryptedJSON(), Computed("'x'")))
-
-
-def test_model_with_a_flag_is_refused() -> None:
-    class OwnBase(DeclarativeBase):
-        pass
-
-    attributes = {
-        "__tablename__": "t",
-        "id": mapped_column(Integer, primary_key=True),
-        "value": mapped_column(EncryptedJSON, unique=True),
-    }
-    with pytest.raises(errors.ColumnError, match="unique"):
-        type("Model", (OwnBase,), attributes)
-
-
-@pytest.mark.parametrize("variant", [Text(), LargeBinary(), JSON(), EncryptedJSON(), Text], ids=repr)
-@pytest.mark.parametrize("dialects", [("sqlite",), ("postgresql", "mysql")], ids=repr)
-def test_variant_is_refused(variant: Any, dialects: tuple[str, ...]) -> None:
-    with pytest.raises(errors.ColumnError, match="would store plaintext"):
-        EncryptedJSON().with_variant(variant, *dialects)
-
-
-@pytest.mark.parametrize("storage", ["", "BINARY", "jsonb", None, 1])
-def test_unknown_storage_is_refused(storage: Any) -> None:
-    with pytest.raises(errors.ColumnError, match="'binary', 'text'"):
-        EncryptedJSON(storage=storage)
-
-
-def test_empty_name_is_refused() -> None:
-    with pytest.raises(errors.ColumnError, match="must not be empty"):
-        EncryptedJSON(associated_data="")
-
+# --- What the database sees -------------------------------------------------------------------------------------------
 
 DIALECTS: dict[str, Any] = {
     module.__name__.rpartition(".")[2]: module.dialect() for module in (mysql, postgresql, sqlite)
@@ -1049,7 +985,9 @@ def test_database_type_of_each_storage(dialect: str, storage: str, expected: str
 
 
 @pytest.mark.parametrize(
-    "type_", [EncryptedJSON(), EncryptedJSON(associated_data="a.b"), EncryptedJSON(associated_data="a.b", storage="text")], ids=repr
+    "type_",
+    [EncryptedJSON(), EncryptedJSON(associated_data="a.b"), EncryptedJSON(associated_data="a.b", storage="text")],
+    ids=repr,
 )
 def test_repr_makes_the_same_type_again(type_: EncryptedJSON) -> None:
     again = eval(repr(type_), {"EncryptedJSON": EncryptedJSON})  # noqa: S307 - what a migration does with it
@@ -1099,12 +1037,24 @@ def test_copy_of_a_pickled_table_has_its_own_name(copied: Callable[[Any], Any]) 
     assert name_of(metadata.tables["t"].c.c) == "t.c"
 
 
+def test_error_of_an_unstorable_value_names_the_column(session: Session) -> None:
+    session.add(Plugin(as_text=UNSTORABLE))
+    with pytest.raises(
+        errors.UnstorableValueError, match=r"^plugin\.as_text: The value at \$\.bad, of type tuple"
+    ) as caught:
+        session.flush()
+    assert (caught.value.path, caught.value.type_name) == ("$.bad", "tuple")
+    assert caught.value.__context__ is None
+
+
 # --- Nothing is shown ------------------------------------------------------------------------------------------------
 
 
 def literal_statements() -> dict[str, Any]:
     value = {"token": MARKER}
-    table_value = values(Column("x", EncryptedJSON(associated_data="plugin.as_binary")), name="v", literal_binds=True).data([(value,)])
+    table_value = values(
+        Column("x", EncryptedJSON(associated_data="plugin.as_binary")), name="v", literal_binds=True
+    ).data([(value,)])
     return {
         "insert": insert(PLUGIN).values(as_binary=value),
         "insert text": insert(PLUGIN).values(as_text=value),
@@ -1272,109 +1222,6 @@ def test_log_of_statements_shows_no_value(engine: Engine, caplog: pytest.LogCapt
     logged.dispose()
     assert "INSERT INTO plugin" in caplog.text
     assert MARKER not in caplog.text
-
-
-# --- Asynchronous drivers --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["asyncpg", "psycopg", "aiosqlite"])
-def async_url(request: pytest.FixtureRequest) -> str:
-    if request.param == "aiosqlite":
-        return asynchronous(request.getfixturevalue("sqlite_url"))
-    url: str = request.getfixturevalue("postgres_url")
-    return asynchronous(url) if request.param == "asyncpg" else url
-
-
-@asynccontextmanager
-async def serving(url: str) -> AsyncIterator[AsyncEngine]:
-    engine = create_async_engine(url)
-    try:
-        async with engine.begin() as connection:
-            await connection.run_sync(Base.metadata.create_all)
-        yield engine
-    finally:
-        await engine.dispose()
-
-
-def test_asynchronous_orm(async_url: str) -> None:
-    async def main() -> None:
-        async with serving(async_url) as engine, AsyncSession(engine) as session:
-            session.add_all([plugin := Plugin(as_binary=[1], as_text=VALUE), *(Plugin(as_text=VALUE) for _ in "23")])
-            await session.commit()
-            await session.refresh(plugin)
-            assert (plugin.as_binary, plugin.as_text, plugin.by_default) == ([1], VALUE, {})
-            plugin.as_binary = {"changed": MARKER}
-            await session.commit()
-            await session.refresh(plugin)
-            assert plugin.as_binary == {"changed": MARKER}
-            assert (await session.scalars(select(Plugin.as_text))).all() == [VALUE] * 3
-            streamed = await session.stream_scalars(select(Plugin).order_by(Plugin.id))
-            assert [one.as_binary async for one in streamed] == [{"changed": MARKER}, None, None]
-            returned = await session.scalars(
-                insert(Plugin).returning(Plugin.as_text), [{"as_text": [4]}, {"as_text": [5]}]
-            )
-            assert sorted(returned.all()) == [[4], [5]]
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("field", COLUMNS)
-def test_asynchronous_core(async_url: str, field: str) -> None:
-    column = PLUGIN.c[field]
-    rows = [{"id": number, field: {"n": number}} for number in range(1, 51)]
-
-    async def main() -> None:
-        async with serving(async_url) as engine, engine.begin() as connection:
-            await connection.execute(insert(PLUGIN), rows)
-            statement = select(column).order_by(PLUGIN.c.id)
-            assert (await connection.execute(statement)).scalars().all() == [row[field] for row in rows]
-            assert [row[0] for row in await connection.execute(statement)] == [row[field] for row in rows]
-            assert await connection.scalar(statement.limit(1)) == {"n": 1}
-            async with connection.stream(statement) as streamed:
-                assert [value async for value in streamed.scalars()] == [row[field] for row in rows]
-            async with connection.stream(statement) as streamed:
-                assert [row[0] for part in [await streamed.fetchmany(7)] for row in part] == [
-                    row[field] for row in rows[:7]
-                ]
-
-    asyncio.run(main())
-
-
-def test_asynchronous_errors_are_not_wrapped(async_url: str) -> None:
-    async def main() -> None:
-        async with serving(async_url) as engine:
-            async with AsyncSession(engine) as session:
-                session.add(Plugin(note=NEIGHBOUR, as_binary=UNSTORABLE))
-                with pytest.raises(errors.UnstorableValueError) as caught:
-                    await session.flush()
-                assert leaked(caught.value, MARKER, NEIGHBOUR) == []
-            async with engine.begin() as connection:
-                await connection.execute(insert(PLUGIN), {"id": 1, "as_binary": VALUE})
-                with use_keyring(Keyring(DataKey.generate())):
-                    result = await connection.execute(select(PLUGIN.c.as_binary))
-                    with pytest.raises(errors.UnknownKeyError):
-                        result.all()
-
-    asyncio.run(main())
-
-
-def test_asynchronous_tasks_have_keyrings_of_their_own(async_url: str) -> None:
-    async def work(engine: AsyncEngine, number: int) -> None:
-        with use_keyring(Keyring(DataKey.generate())) as keyring:
-            async with AsyncSession(engine) as session:
-                session.add(Plugin(id=number, as_binary=[number]))
-                await session.commit()
-            async with engine.connect() as connection:
-                found = await connection.execute(select(PLUGIN.c.as_binary).where(PLUGIN.c.id == number))
-                assert found.scalars().all() == [[number]]
-                raw = await connection.scalar(text(f"SELECT as_binary FROM plugin WHERE id = {number}"))  # noqa: S608 - a number
-                assert bytes(raw)[2:10].hex() == keyring.primary_key_id
-
-    async def main() -> None:
-        async with serving(async_url) as engine:
-            await asyncio.gather(*(work(engine, number) for number in range(1, 5)))
-
-    asyncio.run(main())
 
 
 # --- Threads ---------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class Codec(Protocol):
 def unstorable(path: str, value: Any, reason: str) -> UnstorableValueError:
     """Return the error for a part of a value that would not come back equal. It names the type, never the value."""
     name = type(value).__name__
-    return UnstorableValueError(f"The value at {path}, of type {name}, {reason}.", path=path, type_name=name)
+    place = "" if path == "$" else f" at {path}"
+    return UnstorableValueError(f"The value{place}, of type {name}, {reason}.", path=path, type_name=name)
 
 
 def unreadable(payload: bytes, kinds: tuple[int, ...], holds: str) -> MalformedPayloadError:
