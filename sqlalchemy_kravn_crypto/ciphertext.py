@@ -32,12 +32,12 @@ TAG_SIZE: Final = 16
 
 _KEY_ID: Final = slice(2, 2 + KEY_ID_SIZE)
 _HINT: Final = slice(_KEY_ID.stop, _KEY_ID.stop + HINT_SIZE)
-_HEADER: Final = slice(0, _HINT.stop)
-_NONCE: Final = slice(_HEADER.stop, _HEADER.stop + NONCE_SIZE)
-_BODY: Final = slice(_NONCE.stop, None)
+HEADER: Final = slice(0, _HINT.stop)
+NONCE: Final = slice(HEADER.stop, HEADER.stop + NONCE_SIZE)
+BODY: Final = slice(NONCE.stop, None)
 _START: Final = bytes([MAGIC, ALGORITHM])
 
-MIN_FRAME_SIZE: Final = _BODY.start + TAG_SIZE
+MIN_FRAME_SIZE: Final = BODY.start + TAG_SIZE
 """Length in bytes of the frame of an empty payload."""
 
 TEXT_PREFIX: Final = "enc:v3:"
@@ -48,28 +48,27 @@ class ColumnName:
     """The name that a column's values are bound to.
 
     :param name: ``Table.name + "." + Column.name`` as declared, or what the user pinned.
+    :ivar last: what :meth:`bound_to` returned last.
     """
 
-    __slots__ = ("_last", "_suffix", "hint", "name")
+    __slots__ = ("_suffix", "hint", "last", "name")
 
     def __init__(self, name: str) -> None:
         encoded = name.encode()
         self.name = name
         self.hint = sha256(encoded).digest()[:HINT_SIZE]
         self._suffix = length_prefixed(encoded)
-        self._last = (b"", b"", b"")
+        self.last = (b"", b"", b"")
 
     def bound_to(self, key_id: bytes) -> tuple[bytes, bytes, bytes]:
-        """Return the key id, the header of every frame under it for this name, and the associated data of its value.
+        """Return the key id, the header of every frame under it for this name, and the associated data of its values.
 
-        The last answer is kept: nearly all values of a column are under one key. It is replaced as a whole, so threads
-        with several keys cost each other time and nothing else.
+        The last answer is kept, since nearly all values of a column are under one key. It is replaced as a whole, so
+        threads with several keys cost each other time and nothing else.
         """
-        last = self._last
-        if last[0] != key_id:
-            header = _START + key_id + self.hint
-            last = self._last = key_id, header, header + self._suffix
-        return last
+        header = _START + key_id + self.hint
+        self.last = found = key_id, header, header + self._suffix
+        return found
 
     def __reduce__(self) -> tuple[type[ColumnName], tuple[str]]:
         return ColumnName, (self.name,)
@@ -87,11 +86,6 @@ class Frame(NamedTuple):
     nonce: bytes
     body: bytes
     """Ciphertext and tag."""
-
-
-def split(frame: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return header, nonce, and ciphertext with tag, as they are; :func:`parse` checks them."""
-    return frame[_HEADER], frame[_NONCE], frame[_BODY]
 
 
 def parse(frame: bytes) -> Frame:
@@ -115,8 +109,7 @@ def parse(frame: bytes) -> Frame:
         raise MalformedCiphertextError(
             f"The stored value is truncated: {len(frame)} bytes, where a frame has at least {MIN_FRAME_SIZE}."
         )
-    header, nonce, body = split(frame)
-    return Frame(header, frame[_KEY_ID], frame[_HINT], nonce, body)
+    return Frame(frame[HEADER], frame[_KEY_ID], frame[_HINT], frame[NONCE], frame[BODY])
 
 
 def to_text(frame: bytes) -> str:

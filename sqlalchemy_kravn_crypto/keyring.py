@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 
 from .aead import Xaes256Gcm
-from .ciphertext import MIN_FRAME_SIZE, NONCE_SIZE, ColumnName, parse, split
+from .ciphertext import BODY, HEADER, MIN_FRAME_SIZE, NONCE, NONCE_SIZE, ColumnName, parse
 from .derivation import KEY_SIZE, expand, key_id_of
 from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
 from .secrecy import KeepsSecret
@@ -20,7 +20,11 @@ class DataKey(KeepsSecret):
     :param key: 32 uniformly random bytes.
     """
 
-    __slots__ = ("_check", "_decrypt", "_encrypt", "key_id")
+    __slots__ = ("_check", "_encrypt", "decrypt", "key_id")
+
+    decrypt: Callable[[bytes, bytes, bytes], bytes | None]
+    """Takes nonce, ciphertext with tag, and associated data. Returns the payload, or ``None`` if anything is not as it
+    was written."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_SIZE:
@@ -29,7 +33,7 @@ class DataKey(KeepsSecret):
         self.key_id = key_id_of(key)
         self._check = expand(key, "key-check")
         aead = Xaes256Gcm(expand(key, "aead/02"))
-        self._encrypt, self._decrypt = aead.encrypt, aead.decrypt
+        self._encrypt, self.decrypt = aead.encrypt, aead.decrypt
 
     @classmethod
     def generate(cls) -> DataKey:
@@ -47,12 +51,9 @@ class DataKey(KeepsSecret):
 
     def encrypt(self, nonce: bytes, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload. Deterministic; :meth:`Keyring.encrypt` draws the nonce."""
-        _, header, associated_data = name.bound_to(self.key_id)
+        last, key_id = name.last, self.key_id
+        _, header, associated_data = last if last[0] is key_id else name.bound_to(key_id)
         return header + nonce + self._encrypt(nonce, payload, associated_data)
-
-    def decrypt(self, nonce: bytes, body: bytes, associated_data: bytes) -> bytes | None:
-        """Return the payload, or ``None`` if anything is not as it was written."""
-        return self._decrypt(nonce, body, associated_data)
 
     def __repr__(self) -> str:
         return f"<DataKey {self.key_id.hex()}>"
@@ -102,12 +103,12 @@ class Keyring(KeepsSecret):
         :raises AuthenticationError: if it is not what was written.
         """
         key = self._primary
-        header, nonce, body = split(frame)
-        _, expected, associated_data = name.bound_to(key.key_id)
-        if header != expected or len(frame) < MIN_FRAME_SIZE:
+        last = name.last
+        _, expected, associated_data = last if last[0] is key.key_id else name.bound_to(key.key_id)
+        if frame[HEADER] != expected or len(frame) < MIN_FRAME_SIZE:
             key, written_for = self._look_up(frame, name, earlier)
             associated_data = written_for.bound_to(key.key_id)[2]
-        payload = key.decrypt(nonce, body, associated_data)
+        payload = key.decrypt(frame[NONCE], frame[BODY], associated_data)
         if payload is None:
             raise AuthenticationError(
                 f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another "

@@ -302,8 +302,8 @@ def test_refuses_private_attributes() -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_refuses_floats_that_json_does_not_have(number: float) -> None:
-    refused(ObjectCodec(Point), Point(1, number), "value at")
-    refused(ObjectCodec(Loose), Loose(anything=[number]), "value at")
+    refused(ObjectCodec(Point), Point(1, number), "would not come back equal|NaN or infinite")
+    refused(ObjectCodec(Loose), Loose(anything=[number]), "would not come back equal|NaN or infinite")
 
 
 def test_refuses_what_is_too_deep() -> None:
@@ -433,4 +433,3 @@ def test_pydantic_is_not_imported_before_it_is_used() -> None:
         "assert 'pydantic' not in sys.modules; codec.encode([1]); assert 'pydantic' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
