@@ -6,6 +6,7 @@ not import Alembic at its top.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from alembic.operations.ops import AlterColumnOp, CreateCheckConstraintOp, ModifyTableOps, UpgradeOps
     from alembic.runtime.plugins import Plugin
     from alembic.util import PriorityDispatchResult
+
+# Below Alembic's own, so that what it is configured to print includes this.
+logger = logging.getLogger("alembic.autogenerate.sqlalchemy_kravn_crypto")
 
 Rendered = str | Literal[False] | None
 RenderItem = Callable[[str, Any, "AutogenContext"], Rendered]
@@ -172,12 +176,17 @@ def keep_our_tables(
 
     theirs = {table.name for table in context.sorted_tables}
     kept = _OURS - theirs
-    upgrade_ops.ops[:] = [operation for operation in upgrade_ops.ops if not _concerns(operation, kept)]
+    concerned = {_table_of(operation) for operation in upgrade_ops.ops} & kept
+    if concerned:
+        upgrade_ops.ops[:] = [operation for operation in upgrade_ops.ops if _table_of(operation) not in kept]
+        # Alembic has already said that it detected removed tables.
+        logger.info("Kept %s, which `kravn-crypto migrate` sees to", ", ".join(sorted(map(str, concerned))))
     return PriorityDispatchResult.CONTINUE
 
 
-def _concerns(operation: Any, names: frozenset[str]) -> bool:
-    return getattr(operation, "schema", None) is None and getattr(operation, "table_name", None) in names
+def _table_of(operation: Any) -> str | None:
+    """Return the table of the default schema that an operation is about, if it is about one."""
+    return getattr(operation, "table_name", None) if getattr(operation, "schema", None) is None else None
 
 
 class _IterableModule(ModuleType):

@@ -205,12 +205,16 @@ def test_with_the_helper_the_tables_are_in_the_users_history(
     command.check(project.config)
 
 
-def test_with_both_the_version_table_is_kept_too(project: Project, engine: Engine) -> None:
+def test_with_both_the_version_table_is_kept_too(
+    project: Project, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     """Somebody who ran ``kravn-crypto migrate`` first and took the tables into their own history later."""
+    caplog.set_level("INFO", logger="alembic")
     migrate(engine)
     helper = "from sqlalchemy_kravn_crypto import kms_tables\nkms_tables(metadata)\n"
     project.declare(MODELS + helper)
     assert VERSION_TABLE not in project.revise()
+    assert f"Kept {VERSION_TABLE}, which `kravn-crypto migrate` sees to" in caplog.messages
     command.upgrade(project.config, "head")
     command.check(project.config)
 
