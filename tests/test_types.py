@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 import pickle
 from base64 import urlsafe_b64decode
@@ -38,7 +37,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -1078,84 +1077,6 @@ def test_value_is_never_rendered_into_sql(engine: Engine, name: str) -> None:
         assert leaked(caught.value, MARKER) == []
 
 
-def failing_writes() -> dict[str, Callable[[Session], Any]]:
-    row = {"note": NEIGHBOUR, "as_text": {"fine": NEIGHBOUR}, "as_binary": UNSTORABLE}
-    fine = {"note": NEIGHBOUR, "as_text": {"fine": NEIGHBOUR}, "as_binary": {"fine": NEIGHBOUR}}
-    late = [{**fine, "id": 1}, {**fine, "id": 2}, {**row, "id": 3}]
-
-    def flush(session: Session) -> None:
-        session.add(Plugin(**row))
-        session.flush()
-
-    def flush_many(session: Session) -> None:
-        session.add_all(Plugin(**one) for one in late)
-        session.flush()
-
-    def autoflush(session: Session) -> None:
-        session.add(Plugin(**row))
-        session.execute(select(Plugin.id))
-
-    def flush_update(session: Session) -> None:
-        session.add(plugin := Plugin(**fine))
-        session.flush()
-        plugin.as_binary = UNSTORABLE
-        session.commit()
-
-    return {
-        "flush": flush,
-        "flush of many": flush_many,
-        "autoflush": autoflush,
-        "flush of an update": flush_update,
-        "ORM bulk insert": lambda session: session.execute(insert(Plugin), late),
-        "ORM bulk insert with RETURNING": lambda session: session.scalars(insert(Plugin).returning(Plugin.id), late),
-        "ORM bulk update": lambda session: session.execute(update(Plugin), late),
-        "execute with parameters": lambda session: session.connection().execute(insert(PLUGIN), row),
-        "executemany": lambda session: session.connection().execute(insert(PLUGIN), late),
-        "insert with values": lambda session: session.connection().execute(insert(PLUGIN).values(row)),
-        "insert with several values": lambda session: session.connection().execute(insert(PLUGIN).values([row, row])),
-        "update with values": lambda session: session.connection().execute(update(PLUGIN).values(row)),
-        "bind parameter": lambda session: session.connection().execute(
-            select(bindparam("v", type_=PLUGIN.c.as_binary.type)), {"v": UNSTORABLE}
-        ),
-    }
-
-
-@pytest.mark.parametrize("hide_parameters", [False, True], ids=["parameters shown", "parameters hidden"])
-@pytest.mark.parametrize("write", failing_writes())
-def test_error_of_an_unstorable_value_is_not_wrapped_and_shows_no_value(
-    database_url: str, caplog: pytest.LogCaptureFixture, write: str, *, hide_parameters: bool
-) -> None:
-    engine = create_engine(database_url, hide_parameters=hide_parameters)
-    Base.metadata.create_all(engine)
-    with caplog.at_level(logging.INFO), Session(engine) as session:
-        with pytest.raises(errors.UnstorableValueError) as caught:
-            failing_writes()[write](session)
-        session.rollback()
-    engine.dispose()
-    assert type(caught.value) is errors.UnstorableValueError
-    assert caught.value.path == "$.bad"
-    assert leaked(caught.value, MARKER, NEIGHBOUR) == []
-    assert MARKER not in caplog.text
-
-
-@pytest.mark.parametrize("write", failing_writes())
-def test_error_of_a_process_that_is_not_configured_shows_no_value(sqlite_url: str, write: str) -> None:
-    engine = create_engine(sqlite_url)
-    Base.metadata.create_all(engine)
-
-    def unconfigured() -> BaseException:
-        # A thread of its own has no keyring.
-        with Session(engine) as session, pytest.raises(errors.NotConfiguredError) as caught:
-            failing_writes()[write](session)
-        return caught.value
-
-    with ThreadPoolExecutor(1) as thread:
-        error = thread.submit(unconfigured).result()
-    engine.dispose()
-    assert type(error) is errors.NotConfiguredError
-    assert leaked(error, MARKER, NEIGHBOUR) == []
-
-
 class Failing(dict[str, Any]):
     """Stands for a value whose own class fails while it is looked at."""
 
@@ -1194,34 +1115,6 @@ def test_error_of_a_deep_value_in_a_deep_stack_is_not_wrapped(sqlite_url: str) -
         at_depth(500)
     engine.dispose()
     assert leaked(caught.value, MARKER, NEIGHBOUR) == []
-
-
-@pytest.mark.parametrize("hide_parameters", [False, True], ids=["parameters shown", "parameters hidden"])
-def test_error_of_the_database_shows_no_encrypted_value(database_url: str, *, hide_parameters: bool) -> None:
-    engine = create_engine(database_url, hide_parameters=hide_parameters)
-    Base.metadata.create_all(engine)
-    with Session(engine) as session:
-        session.add_all([Item(required={"a": MARKER}, number=1), Item(required={"b": MARKER}, number=1)])
-        with pytest.raises(IntegrityError) as caught:
-            session.flush()
-        session.rollback()
-        assert leaked(caught.value, MARKER) == []
-        session.add(Item(required=None))
-        with pytest.raises(IntegrityError):
-            session.flush()
-    engine.dispose()
-
-
-def test_log_of_statements_shows_no_value(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "sqlalchemy"), Session(logged := create_engine(engine.url)) as session:
-        session.add(Plugin(id=1, as_binary=VALUE, as_text=VALUE))
-        session.commit()
-        assert session.get_one(Plugin, 1).as_binary == VALUE
-        session.execute(update(Plugin).values(as_binary={"new": MARKER}))
-        session.commit()
-    logged.dispose()
-    assert "INSERT INTO plugin" in caplog.text
-    assert MARKER not in caplog.text
 
 
 # --- Threads ---------------------------------------------------------------------------------------------------------
