@@ -26,7 +26,9 @@ _FRAME_HEIGHT: Final = 0.75  # inches of title and scale around the bars of a se
 
 def save(sections: Sequence[Section], path: Path) -> None:
     """Draw all ratios into one file. The same figures give the same file."""
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9, "font.family": "DejaVu Sans"}):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9, "font.family": "DejaVu Sans"}
+    ):
         heights = [_FRAME_HEIGHT + _BAR_HEIGHT * max(1, len(section.figures)) for section in sections]
         canvas = Canvas(figsize=(10, sum(heights) + 0.5), layout="constrained")
         axes = canvas.subplots(len(sections), squeeze=False, height_ratios=heights)[:, 0]

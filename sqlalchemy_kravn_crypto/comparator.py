@@ -5,10 +5,10 @@ from __future__ import annotations
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, Boolean, ColumnElement
+from sqlalchemy import BinaryExpression, BindParameter, Boolean, ColumnElement, Table
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import Null
+from sqlalchemy.sql.elements import Grouping, Label, Null
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeDecorator
 
@@ -31,13 +31,15 @@ def is_null(value: Any) -> bool:
 
 def shown_name(expression: Any) -> str:
     """Return what an encrypted expression is called in the program, else in the database, for messages."""
+    while isinstance(expression, (Label, Grouping)):
+        expression = expression.element
     annotations: Any = getattr(expression, "_annotations", {})
     entity, key = annotations.get("parententity"), annotations.get("proxy_key")
     if entity is not None and key is not None:
         return f"{entity.class_.__name__}.{key}"
-    table, name = getattr(expression, "table", None), getattr(expression, "name", None)
-    if table is not None and name is not None:
-        return f"{getattr(table, 'name', table)}.{name}"
+    for column in getattr(expression, "base_columns", ()):
+        if isinstance(getattr(column, "table", None), Table):
+            return f"{column.table.name}.{column.name}"
     return getattr(expression.type, "column_name", None) or "an encrypted value"
 
 
@@ -95,7 +97,9 @@ class RefusingComparator(TypeDecorator.Comparator[Any]):
                 if isinstance(compared, ColumnElement):
                     comparison: Any = op
                     return _RefusedComparison(self.expr, compared, comparison, type_=Boolean())
-        refuse_operator(op, self.expr)
+        # Of what stands before an attribute of a mapped class SQLAlchemy makes a parameter of its type, and asks that.
+        is_reversed = isinstance(self.expr, BindParameter) and other and isinstance(other[0], ColumnElement)
+        refuse_operator(op, other[0] if is_reversed else self.expr)
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002 - fixed
         """Refuse: what is computed from a value is computed in Python."""

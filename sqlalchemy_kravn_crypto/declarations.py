@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CheckConstraint, Column, Index, Table, event
+from sqlalchemy import CheckConstraint, Column, Index, Table, UnaryExpression, event
 from sqlalchemy.schema import ColumnCollectionConstraint
 
 from .columns import is_registered
@@ -56,5 +56,7 @@ def _refuse_constraint(constraint: ColumnCollectionConstraint, parent: Any) -> N
 def _refuse_index(index: Index, parent: Any) -> None:
     # An index on an expression, such as the leading bytes that hold the key id, is right.
     for expression in index.expressions:
+        while isinstance(expression, UnaryExpression):
+            expression = expression.element  # noqa: PLW2901 - without its direction
         if isinstance(expression, Column) and is_registered(expression) and isinstance(parent, Table):
             raise _no_key(expression, parent, "indexed")
