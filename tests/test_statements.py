@@ -1133,7 +1133,7 @@ def test_function_without_a_type_is_refused_since_ciphertext_would_come_out(engi
 
 def test_ciphertext_comes_out_of_a_function_that_was_told_so(session: Session) -> None:
     lagging = func.lag(Account.s, type_=LargeBinary()).over(order_by=Account.id)
-    found = session.scalars(select(lagging).where(Account.id < 3)).all()
+    found: Any = session.scalars(select(lagging).where(Account.id < 3)).all()
     assert found[0] is None
     assert bytes(found[1])[:2] == b"\xf9\x02"
 
