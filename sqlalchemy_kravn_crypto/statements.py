@@ -22,6 +22,7 @@ from sqlalchemy import (
     CompoundSelect,
     Delete,
     Extract,
+    FromClause,
     Insert,
     LargeBinary,
     ScalarSelect,
@@ -71,8 +72,17 @@ def check_statement(statement: ClauseElement) -> None:
 
     :raises UnsupportedOperationError: naming the column and what to do instead.
     """
-    for part in _parts(statement):
-        _check(part)
+    parts = list(_parts(statement))
+    # Nearly all statements have nothing encrypted in them, and are not to be looked at any closer.
+    if any(map(_concerns_encryption, parts)):
+        for part in parts:
+            _check(part)
+
+
+def _concerns_encryption(part: Any) -> bool:
+    # Of a table all columns, since some are referred to by nothing but their names.
+    columns = part.c if isinstance(part, FromClause) else (part,)
+    return any(_encryption(column) is not None for column in columns)
 
 
 def _parts(statement: ClauseElement) -> Iterator[Any]:
@@ -91,6 +101,8 @@ def _parts(statement: ClauseElement) -> Iterator[Any]:
 
 def _unlisted_parts(part: Any) -> Iterator[Any]:
     """Yield the children that SQLAlchemy does not list as such."""
+    if isinstance(part, (Insert, Update)):
+        yield part.table
     if isinstance(part, ColumnClause) and part.table is not None:
         yield part.table  # a subquery, of which an UPDATE or DELETE may use no more than this column
     elif isinstance(part, Select):
@@ -138,6 +150,8 @@ def _(compound: CompoundSelect) -> None:  # type: ignore[type-arg] # as above
 @_check.register
 def _(function: FunctionElement) -> None:  # type: ignore[type-arg] # as above
     name = str(getattr(function, "name", "")).lower()
+    if not hasattr(function, "clauses"):
+        return  # the next value of a sequence
     if name in _CHOOSING:
         _check_choice(function.clauses, function.type, name)
     elif name in _HANDING_ON:
@@ -390,6 +404,8 @@ def _unwrapped(clause: Any, statement: Any = None) -> Any:
 
 def _named(name: str, statement: Any) -> Any:
     """Return what is meant by ``order_by("name")``: a column that is selected, or one that could be."""
+    if statement is None:
+        return None  # in a window, of which it is not known to which SELECT it belongs
     sources = [] if isinstance(statement, CompoundSelect) else statement.get_final_froms()
     for column in chain(statement.selected_columns, *(source.c for source in sources)):
         if name in {column.key, getattr(column, "_tq_label", None)}:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Numeric,
+    Sequence,
     String,
     Table,
     Text,
@@ -26,6 +27,7 @@ from sqlalchemy import (
     case,
     cast,
     collate,
+    column,
     create_engine,
     delete,
     desc,
@@ -47,6 +49,7 @@ from sqlalchemy import (
     nulls_last,
     or_,
     select,
+    tablesample,
     text,
     true,
     try_cast,
@@ -1136,6 +1139,35 @@ def test_ciphertext_comes_out_of_a_function_that_was_told_so(session: Session) -
     found: Any = session.scalars(select(lagging).where(Account.id < 3)).all()
     assert found[0] is None
     assert bytes(found[1])[:2] == b"\xf9\x02"
+
+
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "name in a window": lambda: select(Account.s, func.row_number().over(order_by="kind")),
+    "sequence": lambda: select(Account.s, Sequence("numbers").next_value()),
+    "insert of a sequence": lambda: insert(Account).values(id=Sequence("numbers").next_value(), s=N1),
+    "values of a function": lambda: select(Account.s, func.generate_series(1, 2).column_valued("x")),
+    "table of a function": lambda: select(Account.s, func.json_each("[1]").table_valued("key", "value")),
+    "sample": lambda: select(tablesample(Account, func.bernoulli(1))),
+    "rollup": lambda: select(Account.kind, func.count(Account.s)).group_by(func.rollup(Account.kind)),
+    "values": lambda: select(Account.s, values(column("a", Integer), name="v").data([(1,)])),
+    "text with columns": lambda: select(Account).from_statement(text("SELECT * FROM account")),
+    "text in a union": lambda: union_all(
+        select(Account.id, Account.s), text("SELECT id, s FROM account").columns(Account.id, Account.s)
+    ),
+    "unions in a union": lambda: union_all(union_all(select(Account.s), select(A.s)), select(A.s)).order_by(text("1")),
+    "number in order by": lambda: select(Account.id, Account.s).order_by(text("1")),
+    "locked": lambda: select(Account).with_for_update(of=Account),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_parts_of_a_statement_are_no_trouble(name: str) -> None:
+    statement = UNUSUAL[name]()
+    check_statement(statement)
+    dialect: Any = postgresql.dialect
+    made = getattr(statement.compile(dialect=dialect()).compile_state, "statement", None)
+    if made is not None:
+        check_statement(made)
 
 
 # --- Statements without encrypted columns ----------------------------------------------------------------------------
