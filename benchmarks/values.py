@@ -43,6 +43,11 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
+def _loaded(written: Any) -> Any:
+    """Return what the database gives back: sqlite3 takes a bytearray and returns bytes."""
+    return bytes(written) if isinstance(written, bytearray) else written
+
+
 @dataclass(frozen=True, slots=True)
 class Processors:
     """What encodes and decodes one value."""
@@ -50,7 +55,7 @@ class Processors:
     name: str
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
-    stored: Callable[[Any], Any] = _unchanged
+    stored: Callable[[Any], Any] = _loaded
     """What the database makes of what was written; not timed."""
 
 

@@ -173,7 +173,8 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         if type(self).process_bind_param is not EncryptedType.process_bind_param:
             return super().bind_processor(dialect)
         own = None if dialect.name in _PLAIN_BYTES else self.impl_instance.bind_processor(dialect)
-        encrypt = self._encryptor()
+        # For bytes, and not for a bytearray, Python's sqlite3 looks for an adapter first, with every value.
+        encrypt = self._encryptor(bytearray if dialect.name == "sqlite" else bytes)
         if own is None:
             return encrypt
         driver: Callable[[Any], Any] = own
@@ -196,7 +197,7 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         :raises NotConfiguredError: before ``configure(engine)``.
         :raises UnstorableValueError: if the value would not come back equal.
         """
-        return self._encryptor()(value)
+        return self._encryptor(bytes)(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002 - fixed
         """Decrypt a value that was loaded.
@@ -208,10 +209,11 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
 
     # Closures, since they are called for every value: looking the same things up on `self` costs a tenth of the whole.
 
-    def _encryptor(self) -> Callable[[Any], bytes | str | None]:
-        attachment, unattached, encode, is_text = self._attachment, self._name, self._codec.encode, self._is_text
+    def _encryptor(self, binary: Callable[[bytes], Any]) -> Callable[[Any], Any]:
+        attachment, unattached, encode = self._attachment, self._name, self._codec.encode
+        stored = to_text if self._is_text else binary
 
-        def encrypt(value: Any) -> bytes | str | None:
+        def encrypt(value: Any) -> Any:
             if value is None:
                 return None
             keyring = current_keyring()
@@ -221,8 +223,7 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             except UnstorableValueError as error:
                 refused = error
             else:
-                frame = keyring.encrypt(payload, name)
-                return to_text(frame) if is_text else frame
+                return stored(keyring.encrypt(payload, name))
             raise refused.for_column(name.name)
 
         return encrypt
