@@ -51,7 +51,7 @@ class Xaes256Gcm(KeepsSecret):
 
         :param nonce: 24 bytes, never used before with this key.
         """
-        # What follows is there twice, since a call for each value would cost a fifth of what it does.
+        # The same two lines as in decrypt(): they run for every value, and so would a call.
         blocks = _integer(nonce[:_HALF], "big") * _TWICE ^ self._mask
         subkey = self._encrypt_blocks(blocks.to_bytes(KEY_SIZE, "big"))
         return AESGCM(subkey).encrypt(nonce[_HALF:], plaintext, associated_data)
