@@ -44,6 +44,8 @@ class Xaes256Gcm(KeepsSecret):
         # ECB over whole blocks carries no state from one call to the next, so one context serves every value.
         self._encrypt_blocks = Cipher(AES(key), ECB()).encryptor().update  # noqa: S305 - a PRF on two blocks
         k1 = _doubled(self._encrypt_blocks(bytes(_BLOCK_SIZE)))
+        # The subkey is the CMAC of two messages: a counter, "X", a zero and half of the nonce, which is one block each.
+        # That of one block is the encryption of the block XOR K1; all of it but the nonce is here.
         self._mask = int.from_bytes(k1 + k1, "big") ^ int.from_bytes(_COUNTERS, "big")
 
     def encrypt(self, nonce: bytes, plaintext: bytes, associated_data: bytes) -> bytes:
