@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -17,6 +17,9 @@ from .statements import check_statement
 
 # SQLAlchemy keeps compiled statements, so each is checked once and not with every execution.
 _checked: Final[WeakSet[SQLCompiler]] = WeakSet()
+
+# The events that are listened to, of each engine.
+_installed: Final[WeakKeyDictionary[Engine, set[str]]] = WeakKeyDictionary()
 
 # asyncpg repeats a parameter that it cannot send, whatever hide_parameters says.
 _REPEATED: Final = re.compile(r"(invalid input for query argument [^:]*): .*", re.DOTALL)
@@ -31,8 +34,11 @@ def install(engine: Engine, *, check_statements: bool = True, redact_errors: boo
 
 
 def _listen(engine: Engine, name: str, listener: Any) -> None:
-    if not event.contains(engine, name, listener):
+    # Not event.contains(): it goes by the address of the engine, which may be that of an earlier one.
+    names = _installed.setdefault(engine, set())
+    if name not in names:
         event.listen(engine, name, listener)
+        names.add(name)
 
 
 def _check_before_execution(
