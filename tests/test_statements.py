@@ -1432,3 +1432,14 @@ def test_configure_async_guards_its_engine(configured: str, *, checked: bool) ->
         await engine.dispose()
 
     asyncio.run(main())
+
+
+def test_engine_at_the_address_of_an_earlier_one_is_guarded_too() -> None:
+    for _ in range(200):
+        made = create_engine("sqlite://")
+        guards.install(made)
+        # Let go of at once, so that its address is free for the next.
+        with made.connect() as connection, pytest.raises(UnsupportedOperationError):
+            connection.execute(select(ACCOUNT).order_by(ACCOUNT.c.s))
+        made.dispose()
+        del made, connection
