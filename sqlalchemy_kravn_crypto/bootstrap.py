@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -82,6 +83,53 @@ class BootstrapSecret(KeepsSecret):
         if created is None:
             raise SecretFileError(f"{path} vanished right after it was created. Put it back and start again.")
         return created
+
+
+@dataclass(slots=True)
+class BootstrapSecrets(KeepsSecret):
+    """All secrets of a deployment that a process has, and what they give.
+
+    :ivar current: ``KRAVN_SECRET`` or ``secret.key``; verifies rows of the key store and decrypts.
+    :ivar next: ``KRAVN_SECRET_NEXT``, during a change of the secret; verifies and decrypts, too.
+    :ivar retired: ``KRAVN_SECRET_RETIRED``, and ``secret.key`` where it is no longer the current one; decrypt only.
+    """
+
+    current: BootstrapSecret | None
+    next: BootstrapSecret | None = None
+    retired: tuple[BootstrapSecret, ...] = ()
+
+    @classmethod
+    def gather(
+        cls,
+        secret: str | None,
+        path: Path,
+        *,
+        next_secret: str | None = None,
+        retired: Sequence[str] = (),
+        with_file: bool = False,
+    ) -> BootstrapSecrets:
+        """Stretch what is set, 0.2 s each, and read ``secret.key`` where it is needed.
+
+        :param with_file: whether ``secret.key`` is needed although there is a secret.
+        :raises SecretFileError: if it is there and cannot be used.
+        """
+        file = BootstrapSecret.from_file(path) if secret is None or with_file else None
+        stretched = tuple(map(BootstrapSecret.from_secret, retired))
+        return cls(
+            current=file if secret is None else BootstrapSecret.from_secret(secret),
+            next=None if next_secret is None else BootstrapSecret.from_secret(next_secret),
+            retired=stretched if secret is None or file is None else (*stretched, file),
+        )
+
+    @property
+    def verifying(self) -> tuple[BootstrapSecret, ...]:
+        """The secrets whose MAC keys may have authenticated a row."""
+        return tuple(secret for secret in (self.current, self.next) if secret is not None)
+
+    @property
+    def all(self) -> tuple[BootstrapSecret, ...]:
+        """The secrets whose bootstrap keys decrypt."""
+        return (*self.verifying, *self.retired)
 
 
 def _read(path: Path) -> bytes | None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-from .exceptions import NotConfiguredError
+from .clock import process_clock
+from .exceptions import LeaseExpiredError, NotConfiguredError
 from .keyring import Keyring
 
 
 class _KeyContext:
-    """Holder of the process's keyring. Reading and replacing one attribute is atomic, so neither takes a lock."""
+    """Holder of the process's keyring. Reading and replacing one attribute is atomic, so neither takes a lock.
 
-    __slots__ = ("keyring",)
+    :ivar keyring: the keyring.
+    :ivar writable_until: until when it may encrypt, by the process's clock.
+    :ivar unknown_key: told of a data key that a value needed and the keyring does not hold.
+    """
+
+    __slots__ = ("keyring", "unknown_key", "writable_until")
 
     def __init__(self) -> None:
         self.keyring: Keyring | None = None
+        self.writable_until = math.inf
+        self.unknown_key: Callable[[], None] | None = None
 
 
 _process: Final = _KeyContext()
@@ -38,14 +47,54 @@ def current_keyring() -> Keyring:
     return keyring
 
 
+def keyring_to_write() -> Keyring:
+    """Return the keyring that encrypts here and now.
+
+    :raises NotConfiguredError: if there is none yet.
+    :raises LeaseExpiredError: if it is no longer certain that its primary is the primary of all.
+    """
+    overriding = _override.get()
+    if overriding is not None:
+        return overriding
+    if process_clock() > _process.writable_until:
+        raise LeaseExpiredError(
+            "Nothing is encrypted: this process has not been able to confirm for too long which data key is primary. "
+            "Look in the log for why the key store could not be read or its keys not be unwrapped. An engine that "
+            "writes encrypted values must be one that configure() was called with; in a transaction that is open for "
+            "longer than KRAVN_LEASE, begin a new one."
+        )
+    return _process.keyring or current_keyring()
+
+
+def report_unknown_key() -> None:
+    """Say that a value could not be read for want of its data key; the next transaction looks for it."""
+    if _override.get() is None and _process.unknown_key is not None:
+        _process.unknown_key()
+
+
 def is_configured() -> bool:
     """Tell whether there is a keyring here and now."""
     return (_override.get() or _process.keyring) is not None
 
 
-def publish(keyring: Keyring | None) -> None:
-    """Make a keyring the one of the whole process, or take it away."""
+def publish(
+    keyring: Keyring | None, *, writable_until: float = math.inf, unknown_key: Callable[[], None] | None = None
+) -> None:
+    """Make a keyring the one of the whole process, or take it away.
+
+    :param writable_until: until when it may encrypt, by the process's clock; without one for ever.
+    :param unknown_key: what to call when a value needs a data key that it does not hold.
+    """
+    # The lease first: for a moment the old keyring may have the new one's lease, which is never too long for it, since
+    # who publishes has just seen that both may be used.
+    _process.writable_until = writable_until
+    _process.unknown_key = unknown_key
     _process.keyring = keyring
+
+
+def extend_lease(until: float) -> None:
+    """Let the keyring encrypt until a later moment of the process's clock."""
+    _process.writable_until = max(_process.writable_until, until)
 
 
 @contextmanager

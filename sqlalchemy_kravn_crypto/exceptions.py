@@ -77,6 +77,10 @@ class UnstorableValueError(EncryptionError):
         return UnstorableValueError(f"{name}: {self}", path=self.path, type_name=self.type_name)
 
 
+class LeaseExpiredError(EncryptionError):
+    """This process has not been able to see for too long which data key is primary, so it encrypts nothing."""
+
+
 class DecryptionError(KravnCryptoError):
     """A stored value cannot be decrypted."""
 
@@ -102,6 +106,14 @@ class UnknownKeyError(DecryptionError):
 
 class WrongColumnError(DecryptionError):
     """The value was written for a column of another name."""
+
+
+class DisabledKeyError(UnknownKeyError):
+    """The value's data key is disabled: it is kept, and loaded by nobody until it is enabled again."""
+
+
+class DestroyedKeyError(UnknownKeyError):
+    """The value's data key was destroyed, so the value is lost for good."""
 
 
 class AuthenticationError(DecryptionError):
@@ -221,3 +233,56 @@ class ProviderMismatchError(KeyStoreError):
 
 class DeploymentMismatchError(KeyStoreError):
     """The key store belongs to another deployment than the settings name."""
+
+
+class KeyStoreRolledBackError(KeyStoreError):
+    """The key store is older than this process has seen it: it was restored from a backup, or tampered with."""
+
+
+class AuditTrailError(KeyStoreError):
+    """The audit trail is broken: an event was altered, left out or added."""
+
+
+# --- The life of a key -----------------------------------------------------------------------------------------------
+
+
+class LifecycleError(KravnCryptoError):
+    """A command on the key store refuses; nothing was changed."""
+
+
+class WrongStateError(LifecycleError):
+    """The data key is not in a state in which this can be done, or there is no such data key."""
+
+
+class ReplicasBehindError(LifecycleError):
+    """A live process does not yet, or still, hold the data key.
+
+    :ivar replicas: the processes, each as host and process id.
+    """
+
+    def __init__(self, message: str = "", *, replicas: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.replicas = replicas
+
+
+class KeyInUseError(LifecycleError):
+    """There are values under the data key, or it is not certain that there are none."""
+
+
+class TooEarlyError(LifecycleError):
+    """A time that must have passed has not.
+
+    :ivar seconds: how long it is still to wait, in seconds.
+    """
+
+    def __init__(self, message: str = "", *, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class ChangedMeanwhileError(LifecycleError):
+    """Another process changed the key store between what was read and what was to be written."""
+
+
+class StandbyError(LifecycleError):
+    """There is a standby KMS where none may be, or none where one is needed."""

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.constant_time import bytes_eq
 from .aead import Xaes256Gcm
 from .ciphertext import BODY, HEADER, MIN_FRAME_SIZE, NONCE, NONCE_SIZE, ColumnName, parse
 from .derivation import KEY_SIZE, expand, key_id_of
-from .exceptions import AuthenticationError, UnknownKeyError, WrongColumnError
+from .exceptions import AuthenticationError, DestroyedKeyError, DisabledKeyError, UnknownKeyError, WrongColumnError
 from .secrecy import KeepsSecret
 
 
@@ -64,13 +64,23 @@ class Keyring(KeepsSecret):
 
     :param primary: the data key that encrypts.
     :param others: data keys that only decrypt.
+    :param disabled: key ids of data keys that exist, and that nobody loads.
+    :param destroyed: key ids of data keys that exist no more.
     """
 
-    __slots__ = ("__weakref__", "_keys", "_primary")
+    __slots__ = ("__weakref__", "_destroyed", "_disabled", "_keys", "_primary")
 
-    def __init__(self, primary: DataKey, others: Iterable[DataKey] = ()) -> None:
+    def __init__(
+        self,
+        primary: DataKey,
+        others: Iterable[DataKey] = (),
+        *,
+        disabled: Iterable[str] = (),
+        destroyed: Iterable[str] = (),
+    ) -> None:
         self._primary = primary
         self._keys = {key.key_id: key for key in (*others, primary)}
+        self._disabled, self._destroyed = frozenset(disabled), frozenset(destroyed)
 
     @property
     def primary_key_id(self) -> str:
@@ -81,6 +91,10 @@ class Keyring(KeepsSecret):
     def key_ids(self) -> frozenset[str]:
         """The key ids of all data keys, 16 hexadecimal characters each."""
         return frozenset(key_id.hex() for key_id in self._keys)
+
+    def data_key(self, key_id: str) -> DataKey | None:
+        """Return one of the data keys by its key id, 16 hexadecimal characters."""
+        return next((key for key in self._keys.values() if key.key_id.hex() == key_id), None)
 
     def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload under the primary, with a fresh random nonce.
@@ -121,12 +135,7 @@ class Keyring(KeepsSecret):
         _, key_id, hint, *_ = parse(frame)
         key = self._keys.get(key_id)
         if key is None:
-            raise UnknownKeyError(
-                f"A value of column {name.name!r} is encrypted under data key {key_id.hex()}, which this process does "
-                "not hold. If the key was introduced by another process since this one started, restart this one; "
-                "`kravn-crypto status` lists the keys on record.",
-                key_id=key_id.hex(),
-            )
+            raise self._missing(key_id.hex(), name)
         for written_for in (name, *earlier):
             if written_for.hint == hint:
                 return key, written_for
@@ -134,6 +143,25 @@ class Keyring(KeepsSecret):
             f"A value of column {name.name!r} was written for a column of another name. If the column or its table was "
             "renamed, say so with earlier_names=('table.column',), or pin the earlier name with "
             "associated_data='table.column'; otherwise the value was moved."
+        )
+
+    def _missing(self, key_id: str, name: ColumnName) -> UnknownKeyError:
+        under = f"A value of column {name.name!r} is encrypted under data key {key_id}, which"
+        if key_id in self._destroyed:
+            return DestroyedKeyError(
+                f"{under} was destroyed: the value is lost. `kravn-crypto evidence {key_id}` says when and why.",
+                key_id=key_id,
+            )
+        if key_id in self._disabled:
+            return DisabledKeyError(
+                f"{under} is disabled. Bring it back with `kravn-crypto enable {key_id}`, and move its values with "
+                "`kravn-crypto rekey`.",
+                key_id=key_id,
+            )
+        return UnknownKeyError(
+            f"{under} this process does not hold. It looks for it at the beginning of the next transaction; "
+            "`kravn-crypto status` lists the keys on record.",
+            key_id=key_id,
         )
 
     def is_stale(self, frame: bytes) -> bool:

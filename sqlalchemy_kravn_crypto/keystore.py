@@ -12,17 +12,20 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from .bootstrap import BootstrapSecret
+from .bootstrap import BootstrapSecret, BootstrapSecrets
 from .ciphertext import parse
 from .columns import EncryptedColumn
 from .derivation import KEY_SIZE, key_id_of
+from .events import append, hash_of_newest
 from .exceptions import (
     BootstrapKeyError,
     DecryptionError,
     DeploymentMismatchError,
     ExistingDataError,
+    KeyStoreRolledBackError,
     MalformedRowError,
     NotProvisionedError,
+    ProviderError,
     ProviderMismatchError,
     RowAuthenticationError,
     UnpinnedKeyError,
@@ -30,10 +33,11 @@ from .exceptions import (
 )
 from .keyring import DataKey, Keyring
 from .providers.base import Deadline, KeyProvider, WrappedKey, run_within
+from .replicas import live_replicas
 from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, to_base64, write_rows
 from .schema import CONTROL_ROW_ID, State
 from .secrecy import KeepsSecret
-from .wrapping import MAC_KEYRING, Blocking, checked_key, run_here, unwrapping, wrap
+from .wrapping import MAC_KEYRING, Blocking, checked_key, run_here, unwrapping, usable_wrap, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +58,15 @@ class KeyStore(KeepsSecret):
     :param pinned: the key ids that may be loaded, where the operator pins them.
     :param timeout: bound on one whole KMS operation, in seconds.
     :param may_provision: whether this process may write to the key store.
+    :param next_secret: ``KRAVN_SECRET_NEXT``: verifies and decrypts as well, while the secret is being changed.
+    :param retired_secrets: ``KRAVN_SECRET_RETIRED``: decrypt what is still under them, and verify nothing.
     """
 
     provider: KeyProvider | None
     secret: str | None = field(repr=False)
     secret_file: Path
+    next_secret: str | None = field(default=None, repr=False)
+    retired_secrets: tuple[str, ...] = field(default=(), repr=False)
     deployment_id: str | None = None
     pinned: frozenset[str] = frozenset()
     timeout: float = 10.0
@@ -82,48 +90,94 @@ class KeyStore(KeepsSecret):
         with connect(engine) as connection:
             rows = read_rows(connection)
         # Only after the rows: a secret.key that they speak of was there before they were.
-        secret = blocking(self._bootstrap_secret)
+        secrets = self.secrets(rows, blocking)
         if not self._provisioned(rows):
             if not self.may_provision:
                 raise NotProvisionedError(
                     f"The key store holds no data key of provider {self.provider_name!r} yet. The first process to "
                     "start makes it; where KRAVN_KMS_PROVISION=never, `kravn-crypto provision` does."
                 )
-            rows, _ = self.provision(engine, columns, secret=secret, blocking=blocking)
-            secret = secret or BootstrapSecret.from_file(self.secret_file)
-        return self._load(rows, secret, blocking)
+            rows, _ = self.provision(engine, columns, secrets=secrets, blocking=blocking)
+            if secrets.current is None:
+                secrets = self.secrets(rows, blocking)
+        return self._load(rows, secrets, None, blocking)
+
+    def reopen(self, rows: StoredRows, before: Opened, *, blocking: Blocking = run_here) -> Opened:
+        """Return the keyring of rows that changed since the key store was opened.
+
+        Only keys that are new are unwrapped. A pending one that the KMS does not unwrap now is left out and named in
+        :attr:`Opened.missing`, since nothing is under it yet.
+
+        :raises KeyStoreRolledBackError: if the rows are older than those that were opened before.
+        :raises KeyStoreError: if the rows are not genuine, or name another KMS than the settings.
+        :raises ProviderError: if the KMS does not unwrap a key that values are under.
+        """
+        if rows.epoch < before.rows.epoch:
+            raise KeyStoreRolledBackError(
+                f"The key store went back from epoch {before.rows.epoch} to {rows.epoch}: kms_keys was restored from a "
+                "backup, or tampered with. This process encrypts nothing more; bring back the newest kms_keys, then "
+                "start the processes again."
+            )
+        return self._load(rows, before.secrets, before, blocking)
+
+    def secrets(self, rows: StoredRows, blocking: Blocking = run_here) -> BootstrapSecrets:
+        """Return the secrets of this process, stretched.
+
+        :raises SecretFileError: if ``secret.key`` is needed and cannot be used.
+        """
+        with_file = any(row.provider == NO_PROVIDER and row.master_key == "file" for row in live_keys(rows))
+        return blocking(
+            lambda: BootstrapSecrets.gather(
+                self.secret,
+                self.secret_file,
+                next_secret=self.next_secret,
+                retired=self.retired_secrets,
+                with_file=with_file,
+            )
+        )
 
     def provision(  # noqa: PLR0913 - the last three are for the first boot and for the command line
         self,
         engine: Engine,
         columns: Iterable[EncryptedColumn] = (),
         *,
-        secret: BootstrapSecret | None = None,
+        secrets: BootstrapSecrets | None = None,
         blocking: Blocking = run_here,
         look_for_data: bool = True,
         pin_later: bool = False,
     ) -> tuple[StoredRows, bool]:
         """Make the first data key of the configured provider, unless another process has done so.
 
-        The lock is held meanwhile, so that however many processes start at once, one of them wraps.
+        The lock is held meanwhile, so that however many processes start at once, one of them wraps. Where
+        processes are alive that run without a KMS, the key comes in as pending, since they could not read what is under
+        it; else it is the primary at once.
 
         :param look_for_data: whether an encrypted column that already holds values stops it.
         :param pin_later: whether a key may be made that no process loads before the operator has pinned it.
         :return: all rows, and whether they were made here; if not, nothing is known yet of whether they are genuine.
         """
-        secret = secret or blocking(self._bootstrap_secret)
-        # Whoever waits outlasts one holder whose KMS does not answer: wrap, unwrap, and unwrap under a wrong binding.
-        wait = 4 * self.timeout
-        with locked(engine, self.deployment_id or str(uuid.uuid4()), wait) as connection:
+        with locked(engine, self.deployment_id or str(uuid.uuid4()), self.lock_wait) as connection:
             before = read_rows(connection)
             if self._provisioned(before):
                 return before, False
+            secrets = secrets or self.secrets(before, blocking)
             if before.keys:
                 # What a boot would refuse is not built upon: signing such rows again would make them genuine.
-                self._checked(before, secret, Deadline(self.timeout), blocking)
+                self.checked(before, secrets, None, blocking)
             elif look_for_data:
-                _refuse_existing_data(connection, list(columns), secret)
-            after = self._with_first_key(before, secret, blocking, pin_later=pin_later)
+                _refuse_existing_data(connection, list(columns), secrets.current)
+            is_alone = not before.keys or not live_replicas(connection)
+            made = self._with_first_key(before, secrets, blocking, pin_later=pin_later, as_primary=is_alone)
+            new = made.keys[-1]
+            events_hash = append(
+                connection,
+                "adopt" if before.keys else "provision",
+                # An emptied key store names no event, and the trail goes on.
+                newest_hash=made.in_control().events_hash if before.keys else hash_of_newest(connection),
+                key_id=new.key_id,
+                details={"state": new.state.value, "provider": new.provider, "master_key": new.master_key},
+            )
+            after = self._signed(made, events_hash, secrets, blocking)
             write_rows(connection, before, after)
             connection.commit()
         for row in after.keys:
@@ -142,49 +196,91 @@ class KeyStore(KeepsSecret):
 
     # --- What is there -----------------------------------------------------------------------------------------------
 
-    def _bootstrap_secret(self) -> BootstrapSecret | None:
-        if self.secret is not None:
-            return BootstrapSecret.from_secret(self.secret)
-        return BootstrapSecret.from_file(self.secret_file)
+    @property
+    def lock_wait(self) -> float:
+        """Bound on the wait for the lock, in seconds.
+
+        Whoever waits outlasts one holder whose KMS does not answer: wrap, unwrap, and unwrap under a wrong binding.
+        """
+        return 4 * self.timeout
 
     def _provisioned(self, rows: StoredRows) -> bool:
         """Tell whether there is nothing to make: in mode ``none`` any key at all serves, else one of a KMS."""
         return any(self.provider is None or row.provider != NO_PROVIDER for row in rows.keys)
 
-    def _load(self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking) -> Opened:
-        deadline = Deadline(self.timeout)
-        live = self._checked(rows, secret, deadline, blocking)
-        control = _control(rows)
-        wrapped = [row for row in live if row.provider != NO_PROVIDER]
-        keys: dict[int, DataKey] = {}
-        if wrapped and self.provider is not None:
-            provider = self.provider
-            calls = [unwrapping(provider, row, control.required("deployment_id"), deadline) for row in wrapped]
-            unwrapped = blocking(lambda: run_within(deadline, provider.name, calls))
-            keys = {row.id: checked_key(row, key) for row, key in zip(wrapped, unwrapped, strict=True)}
-        for row in live:
-            if row.id not in keys and secret is not None:
-                keys[row.id] = DataKey(secret.data_key)
+    def _load(self, rows: StoredRows, secrets: BootstrapSecrets, before: Opened | None, blocking: Blocking) -> Opened:
+        mac_key, live = self.checked(rows, secrets, before, blocking)
+        keys, missing = self._data_keys(rows, live, secrets, before, blocking)
         primary = next((row for row in live if row.state is State.PRIMARY), None)
         if primary is None:
             raise MalformedRowError("No data key in kms_keys is primary. Restore the table from a backup.")
-        others = [keys[row.id] for row in live if row is not primary]
-        return Opened(Keyring(keys[primary.id], others), control.required("deployment_id"))
+        keyring = Keyring(
+            keys[primary.id],
+            [key for row_id, key in keys.items() if row_id != primary.id],
+            disabled=_key_ids(rows, State.DISABLED),
+            destroyed=_key_ids(rows, State.DESTROYED),
+        )
+        return Opened(keyring, rows.in_control().required("deployment_id"), rows, secrets, mac_key, missing)
 
-    def _checked(
-        self, rows: StoredRows, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
-    ) -> list[KeyRow]:
-        """Return the rows of the data keys to load, after every check that can be made before they are unwrapped."""
-        control = _control(rows)
-        self._check_deployment(control)
-        live = [row for row in rows.keys if row.state in _LIVE]
+    def _data_keys(
+        self,
+        rows: StoredRows,
+        live: Sequence[KeyRow],
+        secrets: BootstrapSecrets,
+        before: Opened | None,
+        blocking: Blocking,
+    ) -> tuple[dict[int, DataKey], frozenset[str]]:
+        """Return the data keys by the ids of their rows, and the key ids of those that are to be had later."""
+        keys: dict[int, DataKey] = {}
+        for row in live:
+            key = self._bootstrap_key(row, secrets) if row.provider == NO_PROVIDER else _known_key(row, before)
+            if key is not None:
+                keys[row.id] = key
+        wrapped = [row for row in live if row.id not in keys]
+        if not wrapped:
+            return keys, frozenset()
+        needed = [row for row in wrapped if before is None or row.state is not State.PENDING]
+        keys |= self._unwrapped(rows, needed, blocking)
+        missing = set()
+        for row in wrapped:
+            if row not in needed:
+                try:
+                    keys |= self._unwrapped(rows, [row], blocking)
+                except (ProviderError, WrongKeyError) as error:
+                    missing.add(row.required("key_id"))
+                    logger.warning("pending data key %s cannot be loaded yet: %s", row.key_id, error)
+        return keys, frozenset(missing)
+
+    def _unwrapped(self, rows: StoredRows, wrapped: Sequence[KeyRow], blocking: Blocking) -> dict[int, DataKey]:
+        provider = self.provider
+        if provider is None or not wrapped:
+            return {}
+        deployment_id = rows.in_control().required("deployment_id")
+        deadline = Deadline(self.timeout)
+        calls = [unwrapping(provider, row, deployment_id, deadline) for row in wrapped]
+        unwrapped = blocking(lambda: run_within(deadline, provider.name, calls))
+        return {row.id: checked_key(row, key) for row, key in zip(wrapped, unwrapped, strict=True)}
+
+    def checked(
+        self, rows: StoredRows, secrets: BootstrapSecrets, before: Opened | None = None, blocking: Blocking = run_here
+    ) -> tuple[MacKey | None, list[KeyRow]]:
+        """Make every check on the rows that can be made before keys are unwrapped.
+
+        :param before: what was opened before; its MAC key need not be unwrapped again.
+        :return: the key that authenticates the rows, and the rows of the data keys to load.
+        :raises KeyStoreError: if they do not pass one.
+        """
+        self._check_deployment(rows.in_control())
+        live = live_keys(rows)
         if self.provider is None:
             # Until the first data key of a KMS is promoted, mode `none` still boots, without that key.
             live = [row for row in live if not (row.state is State.PENDING and row.provider != NO_PROVIDER)]
         self._check_providers(live)
-        self._check_bootstrap_key(rows, secret)
-        self._authenticate(rows, secret, deadline, blocking)
-        return self._pinned_only(live)
+        for row in live:
+            if row.provider == NO_PROVIDER:
+                self._bootstrap_key(row, secrets)
+        mac_key = self._authenticate(rows, secrets, before, blocking)
+        return mac_key, self._pinned_only(live)
 
     def _check_deployment(self, control: KeyRow) -> None:
         recorded = control.required("deployment_id")
@@ -203,35 +299,37 @@ class KeyStore(KeepsSecret):
                     f"The data keys are wrapped by {row.provider!r}, but KRAVN_KMS_PROVIDER is 'none'. There is no way "
                     f"back to mode none by a setting: set KRAVN_KMS_PROVIDER={row.provider} again."
                 )
-            if row.provider != self.provider.name or not self.provider.recognises(row.required("master_key")):
+            if usable_wrap(row, self.provider) is None:
                 raise ProviderMismatchError(
                     f"Data key {row.key_id} is wrapped by {row.provider!r} under master key {row.master_key!r}, but "
                     f"the settings name {self.provider.name!r} and {self.provider.master_key!r}. Moving to another KMS "
-                    "or master key is a deliberate act, not a setting: set the recorded one again."
+                    "or master key is a deliberate act, not a setting: set the recorded one again, or see `kravn-"
+                    "crypto standby`."
                 )
 
-    def _check_bootstrap_key(self, rows: StoredRows, secret: BootstrapSecret | None) -> None:
-        row = next((row for row in rows.keys if row.provider == NO_PROVIDER and row.state in _LIVE), None)
-        if row is None:
-            return
-        recorded = "KRAVN_SECRET" if row.master_key == "secret" else "secret.key"
-        if secret is None:
+    def _bootstrap_key(self, row: KeyRow, secrets: BootstrapSecrets) -> DataKey:
+        for secret in secrets.all:
+            key = DataKey(secret.data_key)
+            if key.key_id.hex() == row.key_id and key.matches(row.decoded("key_check")):
+                return key
+        recorded = "secret.key" if row.master_key == "file" else "KRAVN_SECRET"
+        if not secrets.all:
             raise BootstrapKeyError(
                 f"The bootstrap key is missing: it came from {recorded}, but KRAVN_SECRET is not set and there is no "
                 f"{self.secret_file}. Values written before a KMS was adopted need it; bring it back."
             )
-        key = DataKey(secret.data_key)
-        if key.key_id.hex() != row.key_id or not key.matches(row.decoded("key_check")):
-            present = "KRAVN_SECRET" if secret.source == "secret" else str(self.secret_file)
-            raise BootstrapKeyError(
-                f"The bootstrap key is another than the one on record: that one came from {recorded}, this process has "
-                f"one from {present}. All processes need the same; with it set, nothing is lost."
-            )
+        present = "KRAVN_SECRET" if secrets.all[0].source == "secret" else str(self.secret_file)
+        raise BootstrapKeyError(
+            f"The bootstrap key is another than the one on record: that one came from {recorded}, this process has "
+            f"one from {present}. All processes need the same; with it set, nothing is lost. If the secret was "
+            "changed, values are still under the earlier one: name it in KRAVN_SECRET_RETIRED until they are rekeyed."
+        )
 
     def _authenticate(
-        self, rows: StoredRows, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
-    ) -> None:
-        mac_key = self._mac_key(_control(rows), secret, deadline, blocking)
+        self, rows: StoredRows, secrets: BootstrapSecrets, before: Opened | None, blocking: Blocking
+    ) -> MacKey | None:
+        control = rows.in_control()
+        mac_key = self._mac_key(control, secrets, before, blocking)
         if mac_key is not None:
             mac_key.verify(rows)
         elif not self.pinned:
@@ -240,24 +338,27 @@ class KeyStore(KeepsSecret):
                 "does not authenticate who wrapped a key. Set KRAVN_SECRET, or name the key ids in "
                 "KRAVN_KMS_PINNED_KEYS."
             )
+        return mac_key
 
     def _mac_key(
-        self, control: KeyRow, secret: BootstrapSecret | None, deadline: Deadline, blocking: Blocking
+        self, control: KeyRow, secrets: BootstrapSecrets, before: Opened | None, blocking: Blocking
     ) -> MacKey | None:
         if control.wrapped_key is None:
-            return None if secret is None else MacKey(secret.mac_key)
+            # Of two secrets, the one that the control row names: `rotate-secret` signs all rows at once.
+            candidates = [MacKey(secret.mac_key) for secret in secrets.verifying]
+            named = [candidate for candidate in candidates if candidate.signed(control)]
+            return next(iter(named or candidates), None)
+        known = None if before is None else before.mac_key
+        if known is not None and known.key_id.hex() == control.key_check:
+            return known
         provider = self.provider
-        if (
-            provider is None
-            or control.provider != provider.name
-            # A wrapped MAC key from a KMS that authenticates nothing may be anybody's.
-            or not provider.authenticates
-            or not provider.recognises(control.required("master_key"))
-        ):
+        # A wrapped MAC key from a KMS that authenticates nothing may be anybody's.
+        if provider is None or not provider.authenticates or usable_wrap(control, provider) is None:
             raise ProviderMismatchError(
                 f"The key that authenticates kms_keys is wrapped by {control.provider!r} under {control.master_key!r}, "
                 f"but the settings name {self.provider_name!r}. Set the recorded KMS again."
             )
+        deadline = Deadline(self.timeout)
         unwrap = unwrapping(provider, control, control.required("deployment_id"), deadline)
         key = blocking(lambda: run_within(deadline, provider.name, [unwrap]))[0]
         if len(key) != KEY_SIZE or key_id_of(key).hex() != control.key_check:
@@ -288,29 +389,37 @@ class KeyStore(KeepsSecret):
     # --- What is made ------------------------------------------------------------------------------------------------
 
     def _with_first_key(
-        self, rows: StoredRows, secret: BootstrapSecret | None, blocking: Blocking, *, pin_later: bool
+        self, rows: StoredRows, secrets: BootstrapSecrets, blocking: Blocking, *, pin_later: bool, as_primary: bool
     ) -> StoredRows:
-        control = _control(rows)
+        control = rows.in_control()
         self._check_deployment(control)
         if self.provider is not None and self.pinned and not pin_later:
             raise NotProvisionedError(
                 "A new data key is to be made, but KRAVN_KMS_PINNED_KEYS keeps every process from loading one that it "
                 "does not name. Run `kravn-crypto provision`, and add the key id that it prints."
             )
-        keys = [row.in_state(State.RETIRED) if row.state is State.PRIMARY else row for row in rows.keys]
+        secret = secrets.current
+        keys = list(rows.keys)
         if self.provider is None:
             # Only now is it certain that no other machine has made one, since its row would be here.
             secret = secret or BootstrapSecret.create_file(self.secret_file)
         else:
             control = self._with_mac_key(control, secret, blocking, pin_later=pin_later)
         if secret is not None and not any(row.provider == NO_PROVIDER for row in keys):
-            keys.append(_bootstrap_row(_next_id(keys), secret))
+            keys.append(bootstrap_row(_next_id(keys), secret))
         if self.provider is not None:
-            keys.append(self._new_key_row(self.provider, _next_id(keys), control, blocking))
-        keys[-1] = keys[-1].in_state(State.PRIMARY)
-        made = StoredRows(replace(control, epoch=(control.epoch or 0) + 1), tuple(keys))
-        mac_key = self._mac_key(control, secret, Deadline(self.timeout), blocking)
-        return made if mac_key is None else mac_key.sign(made)
+            keys.append(self.new_key_row(self.provider, _next_id(keys), control, blocking))
+        if as_primary:
+            keys = [row.in_state(State.RETIRED) if row.state is State.PRIMARY else row for row in keys]
+            keys[-1] = keys[-1].in_state(State.PRIMARY)
+        return StoredRows(replace(control, epoch=rows.epoch + 1), tuple(keys))
+
+    def _signed(self, rows: StoredRows, events_hash: str, secrets: BootstrapSecrets, blocking: Blocking) -> StoredRows:
+        rows = replace(rows, control=replace(rows.in_control(), events_hash=events_hash))
+        if secrets.current is None and self.provider is None:
+            secrets = self.secrets(rows, blocking)  # secret.key has just been made
+        mac_key = self._mac_key(rows.in_control(), secrets, None, blocking)
+        return rows if mac_key is None else mac_key.sign(rows)
 
     def _with_mac_key(
         self, control: KeyRow, secret: BootstrapSecret | None, blocking: Blocking, *, pin_later: bool
@@ -337,7 +446,11 @@ class KeyStore(KeepsSecret):
             "id that it prints in KRAVN_KMS_PINNED_KEYS."
         )
 
-    def _new_key_row(self, provider: KeyProvider, row_id: int, control: KeyRow, blocking: Blocking) -> KeyRow:
+    def new_key_row(self, provider: KeyProvider, row_id: int, control: KeyRow, blocking: Blocking) -> KeyRow:
+        """Make a data key, wrap it, and return its row, pending.
+
+        :raises ProviderError: if the KMS does not wrap and unwrap it.
+        """
         key = os.urandom(KEY_SIZE)
         data_key = DataKey(key)
         wrapped = self._wrap(provider, key, KEYRING, control, blocking)
@@ -360,24 +473,49 @@ class KeyStore(KeepsSecret):
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """What opening the key store gives."""
+class Opened(KeepsSecret):
+    """What opening the key store gives.
+
+    :ivar rows: what the key store held.
+    :ivar secrets: the secrets of this process, stretched.
+    :ivar mac_key: what authenticates the rows; ``None`` where the operator pins key ids instead.
+    :ivar missing: the key ids of pending data keys that the KMS did not unwrap.
+    """
 
     keyring: Keyring
     deployment_id: str
+    rows: StoredRows = field(repr=False)
+    secrets: BootstrapSecrets = field(repr=False)
+    mac_key: MacKey | None
+    missing: frozenset[str] = frozenset()
+
+    @property
+    def mac_key_ids(self) -> frozenset[str]:
+        """The ids of the keys with which this process can verify rows."""
+        known = {MacKey(secret.mac_key).key_id.hex() for secret in self.secrets.verifying}
+        return frozenset(known if self.mac_key is None else known | {self.mac_key.key_id.hex()})
 
 
-def _control(rows: StoredRows) -> KeyRow:
-    if rows.control is None:
-        raise MalformedRowError("kms_keys has no control row. Restore the table from a backup.")
-    return rows.control
+def live_keys(rows: StoredRows) -> list[KeyRow]:
+    """Return the rows of the data keys that every process loads."""
+    return [row for row in rows.keys if row.state in _LIVE]
+
+
+def _key_ids(rows: StoredRows, state: State) -> list[str]:
+    return [row.required("key_id") for row in rows.keys if row.state is state]
+
+
+def _known_key(row: KeyRow, before: Opened | None) -> DataKey | None:
+    key = None if before is None else before.keyring.data_key(row.required("key_id"))
+    return key if key is not None and key.matches(row.decoded("key_check")) else None
 
 
 def _next_id(keys: Sequence[KeyRow]) -> int:
     return max((row.id for row in keys), default=CONTROL_ROW_ID) + 1
 
 
-def _bootstrap_row(row_id: int, secret: BootstrapSecret) -> KeyRow:
+def bootstrap_row(row_id: int, secret: BootstrapSecret) -> KeyRow:
+    """Return the row of a bootstrap key, retired."""
     key = DataKey(secret.data_key)
     return KeyRow(
         id=row_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -13,9 +13,10 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
-from sqlalchemy import Connection, Engine, func, insert, inspect, select, text, update
+from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from .clock import database_now
 from .derivation import KEY_ID_SIZE, key_id_of, length_prefixed
 from .exceptions import (
     KeyStoreLockedError,
@@ -61,6 +62,7 @@ class KeyRow:
     row_mac: str | None = field(default=None, repr=False)
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    events_hash: str | None = None
 
     def in_state(self, state: State) -> KeyRow:
         """Return this key's row in another state."""
@@ -95,8 +97,12 @@ class KeyRow:
         return decoded
 
 
+# The row MAC covers these with every row. What came after the first migration is covered where it is not NULL.
+_ADDED: Final = ("events_hash",)
 _AUTHENTICATED: Final = tuple(
-    row_field.name for row_field in fields(KeyRow) if row_field.name not in {"row_mac", "created_at", "updated_at"}
+    row_field.name
+    for row_field in fields(KeyRow)
+    if row_field.name not in {"row_mac", "created_at", "updated_at", *_ADDED}
 )
 
 
@@ -106,6 +112,37 @@ class StoredRows:
 
     control: KeyRow | None
     keys: tuple[KeyRow, ...]
+
+    def in_control(self) -> KeyRow:
+        """Return the control row.
+
+        :raises MalformedRowError: if there is none.
+        """
+        if self.control is None:
+            raise MalformedRowError("kms_keys has no control row. Restore the table from a backup.")
+        return self.control
+
+    @property
+    def epoch(self) -> int:
+        """How often the key store was changed; 0 while it is empty."""
+        return 0 if self.control is None else self.control.epoch or 0
+
+    def key(self, key_id: str) -> KeyRow | None:
+        """Return the row of a data key."""
+        return next((row for row in self.keys if row.key_id == key_id), None)
+
+    def in_state(self, state: State) -> KeyRow | None:
+        """Return the first key in a state; at most one is primary, and at most one pending."""
+        return next((row for row in self.keys if row.state is state), None)
+
+    def with_key(self, changed: KeyRow) -> StoredRows:
+        """Return the rows with one of them replaced, or added."""
+        kept = tuple(changed if row.id == changed.id else row for row in self.keys)
+        return replace(self, keys=kept if changed in kept else (*kept, changed))
+
+    def next_id(self) -> int:
+        """Return the id of the next row to add."""
+        return max((row.id for row in self.keys), default=CONTROL_ROW_ID) + 1
 
 
 def to_base64(value: bytes) -> str:
@@ -120,7 +157,8 @@ class MacKey(KeepsSecret):
     """The key of the row MACs; cannot be printed.
 
     A row's MAC is ``MAC-key id || HMAC-SHA256`` over the LP of every column but itself and the timestamps; NULL is four
-    bytes 0xFF. The control row's also covers the MACs of all other rows, so that none can be left out or put back.
+    bytes 0xFF. Of a column that a later migration added, the LP of its name and of its value are appended where it is
+    not NULL. The control row's also covers the MACs of all other rows, so that none can be left out or put back.
     """
 
     __slots__ = ("_key", "key_id")
@@ -135,6 +173,10 @@ class MacKey(KeepsSecret):
         control = None if rows.control is None else replace(rows.control, row_mac=self._mac(rows.control, keys))
         return StoredRows(control, keys)
 
+    def signed(self, row: KeyRow) -> bool:
+        """Tell whether a row's MAC claims to be made with this key."""
+        return row.row_mac is not None and row.decoded("row_mac")[:KEY_ID_SIZE] == self.key_id
+
     def verify(self, rows: StoredRows) -> None:
         """Check every row.
 
@@ -148,10 +190,11 @@ class MacKey(KeepsSecret):
                 raise self._refused(row)
 
     def _refused(self, row: KeyRow) -> RowAuthenticationError:
-        if row.row_mac is None or row.decoded("row_mac")[:KEY_ID_SIZE] != self.key_id:
+        if not self.signed(row):
             return RowAuthenticationError(
                 f"Row {row.id} of kms_keys is not authenticated with the key that this process has. Set the "
-                "KRAVN_SECRET (or bring the secret.key) that the key store was made with."
+                "KRAVN_SECRET (or bring the secret.key) that the key store was made with, or that `kravn-crypto "
+                "rotate-secret` brought in."
             )
         return RowAuthenticationError(
             f"Row {row.id} of kms_keys was altered, or rows were removed or added, by somebody who does not hold the "
@@ -162,6 +205,9 @@ class MacKey(KeepsSecret):
         hmac = HMAC(self._key, SHA256())
         for name in _AUTHENTICATED:
             hmac.update(_lp(getattr(row, name)))
+        for name in _ADDED:
+            if getattr(row, name) is not None:
+                hmac.update(_lp(name) + _lp(getattr(row, name)))
         for other in covered:
             hmac.update(_lp(other.row_mac))
         return to_base64(self.key_id + hmac.finalize())
@@ -177,11 +223,15 @@ def _lp(value: object) -> bytes:
 # --- Reading and writing them ---------------------------------------------------------------------------------------
 
 
+OWN_TABLES: Final = {"schema_translate_map": None}
+"""Execution options of statements on our own tables, which no ``schema_translate_map`` moves."""
+
+
 @contextmanager
 def connect(engine: Engine) -> Iterator[Connection]:
     """Connect for statements on our own tables, which no ``schema_translate_map`` moves."""
     with engine.connect() as connection:
-        yield connection.execution_options(schema_translate_map=None)
+        yield connection.execution_options(**OWN_TABLES)
 
 
 def read_rows(connection: Connection) -> StoredRows:
@@ -190,18 +240,34 @@ def read_rows(connection: Connection) -> StoredRows:
     :raises TableMissingError: if there is no ``kms_keys``.
     :raises MalformedRowError: if a row is not one that this library writes.
     """
-    found = None
+    outdated = False
     try:
-        found = connection.execute(select(_KEYS).order_by(_KEYS.c.id)).mappings().all()
+        return select_rows(connection)
     except DBAPIError:
         connection.rollback()
-        if inspect(connection).has_table(_KEYS.name):
-            raise
-    if found is None:
+        found = inspect(connection)
+        if found.has_table(_KEYS.name):
+            present = {column["name"] for column in found.get_columns(_KEYS.name)}
+            outdated = not present.issuperset(_KEYS.columns.keys())
+            if not outdated:
+                raise
+    if outdated:
         raise TableMissingError(
-            "The database has no table kms_keys. Create it with `kravn-crypto migrate --url URL`, or call "
-            "kms_tables(metadata) where your models are and migrate as usual."
+            "The table kms_keys is that of an earlier release. Bring it up to date with `kravn-crypto migrate --url "
+            "URL`, or with your own migrations where kms_tables(metadata) has it."
         )
+    raise TableMissingError(
+        "The database has no table kms_keys. Create it with `kravn-crypto migrate --url URL`, or call "
+        "kms_tables(metadata) where your models are and migrate as usual."
+    )
+
+
+def select_rows(connection: Connection) -> StoredRows:
+    """Read all rows within whatever transaction there is; a database error is left as it is.
+
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
+    found = connection.execute(select(_KEYS).order_by(_KEYS.c.id), execution_options=OWN_TABLES).mappings().all()
     rows = tuple(_key_row(dict(row)) for row in found)
     control = next((row for row in rows if row.id == CONTROL_ROW_ID), None)
     keys = tuple(row for row in rows if row.id != CONTROL_ROW_ID)
@@ -227,11 +293,12 @@ def write_rows(connection: Connection, before: StoredRows, after: StoredRows) ->
     known = {row.id: row for row in (before.control, *before.keys) if row is not None}
     changed = [row for row in (after.control, *after.keys) if row is not None and row != known.get(row.id)]
     for row in sorted(changed, key=lambda row: (row.state is State.PRIMARY, row.id)):
-        values = {name: getattr(row, name) for name in (*_AUTHENTICATED, "row_mac")}
+        values: dict[str, Any] = {name: getattr(row, name) for name in (*_AUTHENTICATED, "row_mac", *_ADDED)}
+        values["updated_at"] = database_now()
         if row.id in known:
-            connection.execute(update(_KEYS).where(_KEYS.c.id == row.id).values(values | {"updated_at": func.now()}))
+            connection.execute(update(_KEYS).where(_KEYS.c.id == row.id).values(values))
         else:
-            connection.execute(insert(_KEYS).values(values))
+            connection.execute(insert(_KEYS).values(values | {"created_at": database_now()}))
 
 
 # --- The lock -------------------------------------------------------------------------------------------------------
@@ -249,28 +316,40 @@ def locked(engine: Engine, deployment_id: str, wait: float) -> Iterator[Connecti
     :raises TableMissingError: if there is no ``kms_keys``.
     :raises UnsupportedDatabaseError: if it is not known how this database locks a row.
     """
-    take = _LOCKS.get(engine.dialect.name)
-    if take is None:
-        raise UnsupportedDatabaseError(
-            f"The key store cannot live on {engine.dialect.name}: this release knows how to lock a row on "
-            f"{', '.join(sorted(_LOCKS))}."
-        )
     with connect(engine) as connection:
         read_rows(connection)
         connection.rollback()
-        timed_out = False
-        try:
-            take(connection, deployment_id, wait)
-        except DBAPIError as error:
-            timed_out = _is_lock_timeout(error)
-            if not timed_out:
-                raise
-        if timed_out:
-            raise KeyStoreLockedError(
-                f"Another process has held the lock on kms_keys for more than {wait:g} seconds. It may be waiting for "
-                "its KMS; start this process again once it is done."
-            )
+        take_lock(connection, deployment_id, wait)
         yield connection
+
+
+def take_lock(connection: Connection, deployment_id: str, wait: float) -> None:
+    """Take the lock for the transaction of a connection that begins here; see :func:`locked`."""
+    dialect = connection.dialect.name
+    take = _LOCKS.get(dialect)
+    if take is None:
+        raise UnsupportedDatabaseError(
+            f"The key store cannot live on {dialect}: this release knows how to lock a row on "
+            f"{', '.join(sorted(_LOCKS))}."
+        )
+    within_lock_timeout(
+        lambda: take(connection, deployment_id, wait),
+        f"Another process has held the lock on kms_keys for more than {wait:g} seconds. It may be waiting for its KMS; "
+        "try again once it is done.",
+    )
+
+
+def within_lock_timeout(action: Callable[[], None], message: str) -> None:
+    """Do what waits for a row, for as long as the lock was waited for at most.
+
+    :raises KeyStoreLockedError: with the message, if the wait is over.
+    """
+    try:
+        return action()
+    except DBAPIError as error:
+        if not _is_lock_timeout(error):
+            raise
+    raise KeyStoreLockedError(message)
 
 
 def _lock_postgresql(connection: Connection, deployment_id: str, wait: float) -> None:

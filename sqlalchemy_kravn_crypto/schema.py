@@ -50,6 +50,7 @@ class Tables(NamedTuple):
     replicas: Table
     columns: Table
     events: Table
+    rekeys: Table
 
 
 def kms_tables(metadata: MetaData) -> Tables:
@@ -61,7 +62,7 @@ def kms_tables(metadata: MetaData) -> Tables:
     """
     if "kms_keys" in metadata.tables:
         return Tables(*(metadata.tables[name] for name in TABLE_NAMES))
-    return Tables(_keys(metadata), _replicas(metadata), _columns(metadata), _events(metadata))
+    return Tables(_keys(metadata), _replicas(metadata), _columns(metadata), _events(metadata), _rekeys(metadata))
 
 
 def _keys(metadata: MetaData) -> Table:
@@ -87,6 +88,7 @@ def _keys(metadata: MetaData) -> Table:
         Column("row_mac", String(56)),
         Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
         Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column("events_hash", String(64)),
         PrimaryKeyConstraint("id", name="pk_kms_keys"),
         UniqueConstraint("key_id", name="uq_kms_keys_key_id"),
         UniqueConstraint("primary_of", name="uq_kms_keys_primary_of"),
@@ -116,6 +118,9 @@ def _replicas(metadata: MetaData) -> Table:
         Column("key_ids", Text, nullable=False),
         Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
         Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column("primary_key_id", String(16)),
+        Column("mac_key_ids", Text),
+        Column("lease", Integer),
         PrimaryKeyConstraint("replica_id", name="pk_kms_replicas"),
         schema=BLANK_SCHEMA,
     )
@@ -157,7 +162,34 @@ def _events(metadata: MetaData) -> Table:
     )
 
 
-TABLE_NAMES: Final = ("kms_keys", "kms_replicas", "kms_columns", "kms_events")
+def _rekeys(metadata: MetaData) -> Table:
+    return Table(
+        "kms_rekeys",
+        metadata,
+        Column("schema_name", String(128), nullable=False),
+        Column("table_name", String(128), nullable=False),
+        Column("column_name", String(128), nullable=False),
+        Column("shard", Integer, autoincrement=False, nullable=False),
+        Column("key_id", String(16), nullable=False),
+        Column("lower_bound", Text),
+        Column("upper_bound", Text),
+        Column("position", Text),
+        Column("rows_total", BigInteger, nullable=False),
+        Column("rows_seen", BigInteger, nullable=False),
+        Column("rekeyed", BigInteger, nullable=False),
+        Column("conflicts", BigInteger, nullable=False),
+        Column("unreadable", BigInteger, nullable=False),
+        Column("worker", String(36)),
+        Column("leased_until", DateTime(timezone=True)),
+        Column("finished_at", DateTime(timezone=True)),
+        Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        PrimaryKeyConstraint("schema_name", "table_name", "column_name", "shard", name="pk_kms_rekeys"),
+        schema=BLANK_SCHEMA,
+    )
+
+
+TABLE_NAMES: Final = ("kms_keys", "kms_replicas", "kms_columns", "kms_events", "kms_rekeys")
 
 TABLES: Final = kms_tables(MetaData())
 """The tables as this package's own statements use them."""

@@ -20,9 +20,9 @@ from .codecs.scalars import BytesCodec, TextCodec
 from .codecs.selection import codec_for
 from .columns import BINARY, STORAGES, TEXT, EncryptedColumn, frame_of, register, registered
 from .comparator import RefusingComparator
-from .context import current_keyring
+from .context import current_keyring, keyring_to_write, report_unknown_key
 from .declarations import refuse_meaningless
-from .exceptions import ColumnError, UnstorableValueError
+from .exceptions import ColumnError, UnknownKeyError, UnstorableValueError
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         def encrypt(value: Any) -> Any:
             if value is None:
                 return None
-            keyring = current_keyring()
+            keyring = keyring_to_write()
             name = attachment.name or unattached()
             try:
                 payload = encode(value)
@@ -238,7 +238,12 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             keyring = current_keyring()
             if is_text or type(stored) is not bytes:
                 stored = frame_of(stored, self.storage, self.column_name)
-            return decode(keyring.decrypt(stored, attachment.name or unattached(), earlier))
+            try:
+                payload = keyring.decrypt(stored, attachment.name or unattached(), earlier)
+            except UnknownKeyError:
+                report_unknown_key()
+                raise
+            return decode(payload)
 
         return decrypt
 

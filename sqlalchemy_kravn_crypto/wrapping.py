@@ -86,16 +86,35 @@ def wrap(  # noqa: PLR0913 - what a wrapped key is bound to, and how long it may
     return wrapped
 
 
+def usable_wrap(row: KeyRow, provider: KeyProvider) -> WrappedKey | None:
+    """Return the wrapped key of a row that a provider can unwrap: the first, else the standby's, else ``None``.
+
+    :raises MalformedRowError: if what the row says of it is not what this library writes.
+    """
+    for prefix in ("", "standby_"):
+        if getattr(row, f"{prefix}provider") == provider.name:
+            master_key = row.required(f"{prefix}master_key")
+            if provider.recognises(master_key):
+                return WrappedKey(master_key, row.decoded(f"{prefix}wrapped_key"))
+    return None
+
+
+def row_binding(row: KeyRow, deployment_id: str) -> bytes:
+    """Return what the wrapped key of a row is bound to: a data key, or the MAC key of the control row."""
+    if row.state is State.CONTROL:
+        return binding(MAC_KEYRING, deployment_id, _key_id(row, "key_check"))
+    return binding(row.required("keyring"), deployment_id, _key_id(row, "key_id"))
+
+
 def unwrapping(provider: KeyProvider, row: KeyRow, deployment_id: str, deadline: Deadline) -> Callable[[], bytes]:
     """Return the call that unwraps the key of a row, after checking everything about the row that it rests on.
 
-    :raises MalformedRowError: if the row holds no wrapped key.
+    :raises MalformedRowError: if the row holds no wrapped key of this provider.
     """
-    wrapped = WrappedKey(row.required("master_key"), row.decoded("wrapped_key"))
-    if row.state is State.CONTROL:
-        bound = binding(MAC_KEYRING, deployment_id, _key_id(row, "key_check"))
-    else:
-        bound = binding(row.required("keyring"), deployment_id, _key_id(row, "key_id"))
+    wrapped = usable_wrap(row, provider)
+    if wrapped is None:
+        raise MalformedRowError(f"Row {row.id} of kms_keys holds no key that {provider.name!r} wrapped.")
+    bound = row_binding(row, deployment_id)
     return lambda: provider.unwrap(wrapped, bound, deadline)
 
 

@@ -142,7 +142,7 @@ def test_another_secret_than_the_recorded_one_stops_the_boot(engine: Engine, sto
 
 def test_a_secret_where_a_file_is_on_record_stops_the_boot(engine: Engine, store: Any) -> None:
     store().open(engine)
-    with pytest.raises(errors.BootstrapKeyError, match=r"came from secret\.key"):
+    with pytest.raises(errors.RowAuthenticationError, match=r"bring the secret\.key"):
         store(secret=SECRET).open(engine)
 
 
@@ -352,7 +352,8 @@ def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(
 
 # --- What authenticates the rows ------------------------------------------------------------------------------------
 
-AUTHENTICATED = [column.name for column in KEYS.columns if column.name not in {"row_mac", "created_at", "updated_at"}]
+NOT_IN_EVERY_MAC = {"row_mac", "created_at", "updated_at", "events_hash"}
+AUTHENTICATED = [column.name for column in KEYS.columns if column.name not in NOT_IN_EVERY_MAC]
 
 
 def _mac(key: bytes, row: dict[str, Any], covered: list[str]) -> str:
@@ -361,7 +362,8 @@ def _mac(key: bytes, row: dict[str, Any], covered: list[str]) -> str:
     def lp(value: Any) -> bytes:
         return b"\xff\xff\xff\xff" if value is None else reference.lp(str(value).encode())
 
-    message = b"".join(lp(row[name]) for name in AUTHENTICATED) + b"".join(map(lp, covered))
+    added = lp("events_hash") + lp(row["events_hash"]) if row["events_hash"] is not None else b""
+    message = b"".join(lp(row[name]) for name in AUTHENTICATED) + added + b"".join(map(lp, covered))
     return b64encode(reference.key_id(key) + hmac.digest(key, message, hashlib.sha256)).decode()
 
 
@@ -387,6 +389,9 @@ def test_the_macs_are_the_ones_that_the_format_describes(engine: Engine, store: 
     [
         (1, "epoch", 7),
         (1, "closing", "x"),
+        (1, "events_hash", "x"),
+        (1, "events_hash", None),
+        (2, "events_hash", "x"),
         (2, "closing", "x"),
         (2, "standby_provider", "x"),
         (3, "wrapped_key", "QUFBQQ=="),
@@ -429,7 +434,7 @@ def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(
             store(kms).open(engine)
 
     refused([genuine[0], genuine[2]])
-    refused([genuine[0], genuine[1] | {"state": "retired"}, genuine[2], genuine[1] | {"id": 4, "key_id": "00" * 8}])
+    refused([genuine[0], genuine[1] | {"state": "retired"}, genuine[2], genuine[1] | {"id": 4, "key_id": "00" * 8, "state": "disabled"}])
     refused([genuine[0], old_row])
     refused([old_control | {"epoch": 9}, genuine[1], genuine[2]])
     with engine.begin() as connection:
