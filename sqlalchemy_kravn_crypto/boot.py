@@ -7,20 +7,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import Context
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import guards
-from .context import current_keyring, is_configured, publish
+from . import following, guards
+from .clock import as_utc, process_clock
+from .configuration import key_store, settings_from_environment, watch_settings
+from .context import publish, put_aside, put_back
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
-from .keystore import NO_PROVIDER, KeyStore, Opened
+from .keystore import Opened
 from .rows import KeyRow, StoredRows, connect, read_rows
 from .types import encrypted_columns
+from .watch import Watch
 from .wrapping import Blocking, run_here
 
 if TYPE_CHECKING:
@@ -52,23 +54,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: setattr(_process, "lock", threading.Lock()))
 
 
-def configure(
+def configure(  # noqa: PLR0913 - each is a choice of its own
     engine: Engine,
     settings: Settings | None = None,
     *,
     provider: KeyProvider | None = None,
+    key_store_engine: Engine | None = None,
     check_statements: bool = True,
     redact_errors: bool = True,
 ) -> None:
     """Open the key store of an engine's database and make its data keys the ones of this process.
 
-    Call it once at start-up, before the first session. The very first boot also makes the first data key. Calling it
-    again with the same engine and settings, or with another engine whose database has the same key store, changes
-    nothing but that the other engine is guarded too.
+    Call it once at start-up, before the first session. The very first boot also makes the first data key. From then on
+    the process follows the key store, at the beginning of the engine's transactions: it takes in new keys and leaves a
+    heartbeat. Calling it again with the same engine and settings, or with another engine whose database has the same
+    key store, changes nothing but that the other engine is guarded and followed too.
 
     :param engine: a synchronous engine; see :func:`configure_async` for the other kind.
     :param settings: instead of those from the environment.
     :param provider: the KMS, in place of one that the settings name: one of your own, or one for tests.
+    :param key_store_engine: the engine that was configured first, where the key store is in its database and not in
+        this one's.
     :param check_statements: refuse what the engine is to execute if it sorts, groups, computes with or overwrites
         encrypted columns in SQL.
     :param redact_errors: name the types of parameters in the errors of the engine instead of the values.
@@ -83,15 +89,17 @@ def configure(
             "configure() takes a synchronous Engine. For an AsyncEngine: await configure_async(engine)."
         )
     with _process.lock:
-        _configure(engine, settings or _settings(), provider, run_here)
+        _configure(key_store_engine or engine, settings or settings_from_environment(), provider, run_here)
+    following.follow(engine, key_store_engine)
     guards.install(engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
-async def configure_async(
+async def configure_async(  # noqa: PLR0913 - as above
     engine: AsyncEngine,
     settings: Settings | None = None,
     *,
     provider: KeyProvider | None = None,
+    key_store_engine: AsyncEngine | None = None,
     check_statements: bool = True,
     redact_errors: bool = True,
 ) -> None:
@@ -107,13 +115,16 @@ async def configure_async(
     def in_thread(function: Callable[[], T], /) -> T:
         return await_only(asyncio.to_thread(function))
 
-    settings = settings or await asyncio.to_thread(_settings)
-    await greenlet_spawn(_configure, engine.sync_engine, settings, provider, in_thread)
+    settings = settings or await asyncio.to_thread(settings_from_environment)
+    elsewhere = None if key_store_engine is None else key_store_engine.sync_engine
+    await greenlet_spawn(_configure, elsewhere or engine.sync_engine, settings, provider, in_thread)
+    following.follow(engine.sync_engine, elsewhere)
     guards.install(engine.sync_engine, check_statements=check_statements, redact_errors=redact_errors)
 
 
 def reset() -> None:
     """Forget what the process was configured with, keys included; for tests, or before another key store."""
+    following.stop()
     _process.engine = _process.settings = _process.provider = None
     _process.deployment_id = ""
     publish(None)
@@ -123,14 +134,16 @@ def reset() -> None:
 def set_aside() -> Iterator[None]:
     """Within a ``with`` block, do as if the process had not been configured; afterwards, as before. For tests."""
     before = _process.engine, _process.settings, _process.provider, _process.deployment_id
-    # In an empty context, since `use_keyring` may be in effect here.
-    keyring = Context().run(lambda: current_keyring() if is_configured() else None)
+    watched, keys = following.current(), put_aside()
+    following.resume(None, None)  # its heartbeat stays
     reset()
     try:
         yield
     finally:
+        reset()
         _process.engine, _process.settings, _process.provider, _process.deployment_id = before
-        publish(keyring)
+        following.resume(*watched)
+        put_back(keys)
 
 
 def provision(engine: Engine, settings: Settings | None = None, *, new_database: bool = False) -> StoredRows:
@@ -143,7 +156,7 @@ def provision(engine: Engine, settings: Settings | None = None, *, new_database:
     :param new_database: fill an empty key store without looking for such values.
     :return: the rows of the key store.
     """
-    store = _key_store(settings or _settings())
+    store = key_store(settings or settings_from_environment())
     rows, made = store.provision(engine, encrypted_columns(), look_for_data=not new_database, pin_later=True)
     if not made:
         replace(store, may_provision=False).open(engine)
@@ -194,7 +207,7 @@ def status(engine: Engine, settings: Settings | None = None) -> Status:
 
     problems: list[Problem] = []
     if settings is None:
-        settings = _reported(problems, _settings)
+        settings = _reported(problems, settings_from_environment)
     rows = _reported(problems, lambda: _read(engine))
     found = Status(None, None, unknown_settings=tuple(unknown_variables(os.environ)))
     if settings is not None:
@@ -210,7 +223,7 @@ def status(engine: Engine, settings: Settings | None = None) -> Status:
 
 
 def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, problems: list[Problem]) -> None:
-    store = _reported(problems, lambda: _key_store(settings))
+    store = _reported(problems, lambda: key_store(settings))
     if store is None or rows is None:
         return
     _reported(problems, lambda: replace(store, may_provision=False).open(engine))
@@ -224,10 +237,11 @@ def _configure(engine: Engine, settings: Settings, provider: KeyProvider | None,
         return
     for weakness in settings.weaknesses():
         logger.warning("%s", weakness)
-    opened: Opened = _key_store(settings, provider).open(engine, encrypted_columns(), blocking=blocking)
+    store, started = key_store(settings, provider), process_clock()
+    opened: Opened = store.open(engine, encrypted_columns(), blocking=blocking)
     _process.engine, _process.settings, _process.provider = engine, settings, provider
     _process.deployment_id = opened.deployment_id
-    publish(opened.keyring)
+    following.start(Watch(store, opened, watch_settings(settings), opened_at=started), engine)
     logger.info("configured with %r of deployment %s", opened.keyring, opened.deployment_id)
 
 
@@ -242,70 +256,9 @@ def _refuse_another(engine: Engine, settings: Settings, provider: KeyProvider | 
     rows = _read(engine)
     if rows.control is None or rows.control.deployment_id != _process.deployment_id:
         raise AlreadyConfiguredError(
-            "This process already uses the key store of another database. A process has one; call reset() first, or "
-            "use the engine without configuring it if its values are under the keys that are loaded."
+            "This process already uses the key store of another database. A process has one. If the values of this "
+            "database are under its keys: configure(engine, key_store_engine=the_first_engine)."
         )
-
-
-def _settings() -> Settings:
-    from .settings import Settings  # noqa: PLC0415 - pydantic is slow to import
-
-    return Settings.from_environment()
-
-
-def _key_store(settings: Settings, provider: KeyProvider | None = None) -> KeyStore:
-    if provider is not None and settings.kms_provider.value != NO_PROVIDER:
-        raise ConfigurationError(
-            f"configure() was given the provider {provider.name!r}, but the settings name "
-            f"{settings.kms_provider.value!r}. Leave one of them out."
-        )
-    if provider is not None and provider.name in {"", NO_PROVIDER}:
-        raise ConfigurationError(f"The provider given to configure() must have a name other than {NO_PROVIDER!r}.")
-    return KeyStore(
-        provider=_provider(settings) if provider is None else provider,
-        secret=None if settings.secret is None else settings.secret.get_secret_value(),
-        secret_file=settings.secret_file,
-        deployment_id=None if settings.deployment_id is None else str(settings.deployment_id),
-        pinned=settings.kms_pinned_keys,
-        timeout=settings.kms_timeout,
-        may_provision=settings.kms_provision.value != "never",
-    )
-
-
-def _provider(settings: Settings) -> KeyProvider | None:
-    """Construct the configured provider; the only place that imports one."""
-    from .settings import Provider  # noqa: PLC0415 - pydantic is slow to import
-
-    match settings.kms_provider:
-        case Provider.NONE:
-            return None
-        case Provider.VAULT:
-            from .providers.vault import VaultProvider  # noqa: PLC0415 - needs an extra
-
-            return VaultProvider(
-                address=settings.kms_vault_addr or "",
-                token=_revealed(settings, "kms_vault_token"),
-                key=settings.kms_vault_key or "",
-                namespace=settings.kms_vault_namespace,
-                mount=settings.kms_vault_mount,
-                ca_bundle=settings.kms_vault_ca_bundle,
-            )
-        case Provider.AZURE:
-            from .providers.azure import AzureProvider  # noqa: PLC0415 - needs an extra
-
-            return AzureProvider(
-                vault_url=settings.kms_azure_vault_url or "",
-                key=settings.kms_azure_key or "",
-                tenant_id=settings.kms_azure_tenant_id or "",
-                client_id=settings.kms_azure_client_id or "",
-                client_secret=_revealed(settings, "kms_azure_client_secret"),
-                ca_bundle=settings.kms_azure_ca_bundle,
-            )
-
-
-def _revealed(settings: Settings, name: str) -> str:
-    secret = getattr(settings, name)
-    return "" if secret is None else secret.get_secret_value()
 
 
 def _read(engine: Engine) -> StoredRows:
@@ -335,13 +288,6 @@ def _key_status(row: KeyRow) -> KeyStatus:
         state=row.state.value,
         provider=row.provider or "",
         master_key=row.master_key or "",
-        created_at=_utc(row.created_at),
-        since=_utc(row.updated_at),
+        created_at=None if row.created_at is None else as_utc(row.created_at),
+        since=None if row.updated_at is None else as_utc(row.updated_at),
     )
-
-
-def _utc(moment: datetime | None) -> datetime | None:
-    """Return a time of the database with its zone; SQLite and MariaDB give UTC without one."""
-    if moment is None:
-        return None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

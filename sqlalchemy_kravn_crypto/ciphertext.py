@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as Base64Error
+from contextlib import suppress
 from hashlib import sha256
 from typing import Final, NamedTuple
 
@@ -35,13 +36,29 @@ _HINT: Final = slice(_KEY_ID.stop, _KEY_ID.stop + HINT_SIZE)
 HEADER: Final = slice(0, _HINT.stop)
 NONCE: Final = slice(HEADER.stop, HEADER.stop + NONCE_SIZE)
 BODY: Final = slice(NONCE.stop, None)
-_START: Final = bytes([MAGIC, ALGORITHM])
+FRAME_START: Final = bytes([MAGIC, ALGORITHM])
+"""What every frame begins with."""
 
 MIN_FRAME_SIZE: Final = BODY.start + TAG_SIZE
 """Length in bytes of the frame of an empty payload."""
 
 TEXT_PREFIX: Final = "enc:v3:"
 """What every value in text storage begins with."""
+
+TEXT_FRAME_START: Final = TEXT_PREFIX + urlsafe_b64encode(FRAME_START).decode("ascii")[:2]
+"""What a value in text storage begins with in whole characters: of the 16 bits of a frame's start, 12."""
+
+KEY_PREFIX_SIZE: Final = _KEY_ID.stop
+"""Length in bytes of what all frames under one key begin with, and no others."""
+
+TEXT_KEY_PREFIX_SIZE: Final = len(TEXT_PREFIX) + KEY_PREFIX_SIZE * 8 // 6
+"""Length in characters of the same in text storage. A character is 6 bits, so the last 2 of the key id are left out."""
+
+TEXT_HEADER_SIZE: Final = len(TEXT_PREFIX) + HEADER.stop * 8 // 6
+"""Length in characters of the prefix and the header in text storage."""
+
+LEGACY_PREFIXES: Final = tuple(f"enc:v{version}:" for version in range(10))
+"""What text begins with that an earlier format, or another storage of this one, has left in a column."""
 
 
 class ColumnName:
@@ -66,7 +83,7 @@ class ColumnName:
         The last answer is kept, since nearly all values of a column are under one key. It is replaced as a whole, so
         threads with several keys cost each other time and nothing else.
         """
-        header = _START + key_id + self.hint
+        header = FRAME_START + key_id + self.hint
         self.last = found = key_id, header, header + self._suffix
         return found
 
@@ -94,8 +111,8 @@ def parse(frame: bytes) -> Frame:
     :raises MalformedCiphertextError: if it is not a frame.
     :raises UnsupportedAlgorithmError: if it is one of an algorithm that this release does not know.
     """
-    if frame[:2] != _START:
-        if frame[:1] != _START[:1]:
+    if frame[:2] != FRAME_START:
+        if frame[:1] != FRAME_START[:1]:
             raise MalformedCiphertextError(
                 "The stored value is not encrypted by this library: it does not begin as a frame does. It may be "
                 "plaintext, or have been written by another program."
@@ -110,6 +127,38 @@ def parse(frame: bytes) -> Frame:
             f"The stored value is truncated: {len(frame)} bytes, where a frame has at least {MIN_FRAME_SIZE}."
         )
     return Frame(frame[HEADER], frame[_KEY_ID], frame[_HINT], frame[NONCE], frame[BODY])
+
+
+def key_prefix(key_id: str) -> bytes:
+    """Return what every frame under a key begins with.
+
+    :param key_id: 16 hexadecimal characters.
+    """
+    return FRAME_START + bytes.fromhex(key_id)
+
+
+def text_key_prefix(key_id: str) -> str:
+    """Return what every value under a key begins with in text storage.
+
+    :param key_id: 16 hexadecimal characters.
+    """
+    return to_text(key_prefix(key_id) + bytes(HINT_SIZE))[:TEXT_KEY_PREFIX_SIZE]
+
+
+def key_id_of_start(start: bytes) -> str | None:
+    """Return the key id of the first ``KEY_PREFIX_SIZE`` bytes of a value, or ``None`` if it is no frame."""
+    if len(start) != KEY_PREFIX_SIZE or not start.startswith(FRAME_START):
+        return None
+    return start[_KEY_ID].hex()
+
+
+def key_id_of_text_start(start: str) -> str | None:
+    """Return the key id of the first ``TEXT_HEADER_SIZE`` characters of a value, or ``None`` if it is no frame."""
+    header = b""
+    if len(start) == TEXT_HEADER_SIZE:
+        with suppress(MalformedCiphertextError):
+            header = from_text(start)
+    return key_id_of_start(header[:KEY_PREFIX_SIZE])
 
 
 def to_text(frame: bytes) -> str:

@@ -92,6 +92,22 @@ def publish(
     _process.keyring = keyring
 
 
+def put_aside() -> tuple[Keyring | None, float, Callable[[], None] | None]:
+    """Return what is published, to be put back."""
+    return _process.keyring, _process.writable_until, _process.unknown_key
+
+
+def put_back(published: tuple[Keyring | None, float, Callable[[], None] | None]) -> None:
+    """Publish again what :func:`put_aside` returned."""
+    keyring, writable_until, unknown_key = published
+    publish(keyring, writable_until=writable_until, unknown_key=unknown_key)
+
+
+def replace_keyring(keyring: Keyring) -> None:
+    """Swap the keyring of the whole process; the lease stays."""
+    _process.keyring = keyring
+
+
 def extend_lease(until: float) -> None:
     """Let the keyring encrypt until a later moment of the process's clock."""
     _process.writable_until = max(_process.writable_until, until)

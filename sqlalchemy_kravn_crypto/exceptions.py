@@ -284,5 +284,24 @@ class ChangedMeanwhileError(LifecycleError):
     """Another process changed the key store between what was read and what was to be written."""
 
 
+class NotConfirmedError(LifecycleError):
+    """What cannot be undone was not confirmed, or no reason was given for it."""
+
+
 class StandbyError(LifecycleError):
     """There is a standby KMS where none may be, or none where one is needed."""
+
+
+# --- The stored values ----------------------------------------------------------------------------------------------
+
+
+class RekeyError(KravnCryptoError):
+    """Stored values cannot be counted or re-encrypted."""
+
+
+class ColumnUnreachableError(RekeyError):
+    """A column that holds encrypted values, or did, is not there, may not be read, or cannot be walked through."""
+
+
+class OutdatedKeyringError(RekeyError):
+    """The primary of the keyring is not the data key that the values are to be under."""

@@ -96,6 +96,13 @@ class Keyring(KeepsSecret):
         """Return one of the data keys by its key id, 16 hexadecimal characters."""
         return next((key for key in self._keys.values() if key.key_id.hex() == key_id), None)
 
+    def with_primary(self, key_id: str) -> Keyring | None:
+        """Return a keyring of the same data keys with another one as primary; ``None`` if it is not among them."""
+        primary = self.data_key(key_id)
+        if primary is None:
+            return None
+        return Keyring(primary, self._keys.values(), disabled=self._disabled, destroyed=self._destroyed)
+
     def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload under the primary, with a fresh random nonce.
 
@@ -124,11 +131,30 @@ class Keyring(KeepsSecret):
             associated_data = written_for.bound_to(key.key_id)[2]
         payload = key.decrypt(frame[NONCE], frame[BODY], associated_data)
         if payload is None:
-            raise AuthenticationError(
-                f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another "
-                "column."
-            )
+            raise _not_what_was_written(name)
         return payload
+
+    def reencryptor(self, name: ColumnName, earlier: Iterable[ColumnName] = ()) -> Callable[[bytes], bytes]:
+        """Return a function that takes a frame to the primary, for the same name that it was written for.
+
+        It raises what :meth:`decrypt` does, and handles payloads: no codec, no value. For one thread.
+        """
+        names, primary = tuple(earlier), self._primary
+        ways: dict[bytes, tuple[Callable[[bytes, bytes, bytes], bytes | None], bytes, ColumnName]] = {}
+
+        def reencrypt(frame: bytes) -> bytes:
+            header = frame[HEADER]
+            way = ways.get(header)
+            if way is None or len(frame) < MIN_FRAME_SIZE:
+                key, written_for = self._look_up(frame, name, names)
+                way = ways[header] = key.decrypt, written_for.bound_to(key.key_id)[2], written_for
+            decrypt, associated_data, written_for = way
+            payload = decrypt(frame[NONCE], frame[BODY], associated_data)
+            if payload is None:
+                raise _not_what_was_written(name)
+            return primary.encrypt(os.urandom(NONCE_SIZE), payload, written_for)
+
+        return reencrypt
 
     def _look_up(self, frame: bytes, name: ColumnName, earlier: Iterable[ColumnName]) -> tuple[DataKey, ColumnName]:
         """Return the data key and the name of a frame, or say what is wrong with it."""
@@ -170,3 +196,9 @@ class Keyring(KeepsSecret):
 
     def __repr__(self) -> str:
         return f"<Keyring primary={self.primary_key_id} keys={len(self._keys)}>"
+
+
+def _not_what_was_written(name: ColumnName) -> AuthenticationError:
+    return AuthenticationError(
+        f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another column."
+    )

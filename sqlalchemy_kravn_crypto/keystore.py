@@ -175,7 +175,12 @@ class KeyStore(KeepsSecret):
                 # An emptied key store names no event, and the trail goes on.
                 newest_hash=made.in_control().events_hash if before.keys else hash_of_newest(connection),
                 key_id=new.key_id,
-                details={"state": new.state.value, "provider": new.provider, "master_key": new.master_key},
+                details={
+                    "state": new.state.value,
+                    "provider": new.provider,
+                    "master_key": new.master_key,
+                    "retired": _newly_retired(before, made),
+                },
             )
             after = self._signed(made, events_hash, secrets, blocking)
             write_rows(connection, before, after)
@@ -214,6 +219,8 @@ class KeyStore(KeepsSecret):
         primary = next((row for row in live if row.state is State.PRIMARY), None)
         if primary is None:
             raise MalformedRowError("No data key in kms_keys is primary. Restore the table from a backup.")
+        # While a primary is closing, everybody already encrypts under its successor.
+        primary = next((row for row in live if row.closing is not None), primary)
         keyring = Keyring(
             keys[primary.id],
             [key for row_id, key in keys.items() if row_id != primary.id],
@@ -239,7 +246,7 @@ class KeyStore(KeepsSecret):
         wrapped = [row for row in live if row.id not in keys]
         if not wrapped:
             return keys, frozenset()
-        needed = [row for row in wrapped if before is None or row.state is not State.PENDING]
+        needed = [row for row in wrapped if before is None or row.state is not State.PENDING or row.closing]
         keys |= self._unwrapped(rows, needed, blocking)
         missing = set()
         for row in wrapped:
@@ -446,14 +453,24 @@ class KeyStore(KeepsSecret):
             "id that it prints in KRAVN_KMS_PINNED_KEYS."
         )
 
-    def new_key_row(self, provider: KeyProvider, row_id: int, control: KeyRow, blocking: Blocking) -> KeyRow:
+    def new_key_row(
+        self,
+        provider: KeyProvider,
+        row_id: int,
+        control: KeyRow,
+        blocking: Blocking = run_here,
+        *,
+        standby: KeyProvider | None = None,
+    ) -> KeyRow:
         """Make a data key, wrap it, and return its row, pending.
 
-        :raises ProviderError: if the KMS does not wrap and unwrap it.
+        :param standby: a second KMS that is to be able to unwrap it.
+        :raises ProviderError: if a KMS does not wrap and unwrap it.
         """
         key = os.urandom(KEY_SIZE)
         data_key = DataKey(key)
         wrapped = self._wrap(provider, key, KEYRING, control, blocking)
+        second = None if standby is None else self._wrap(standby, key, KEYRING, control, blocking)
         return KeyRow(
             id=row_id,
             keyring=KEYRING,
@@ -462,6 +479,9 @@ class KeyStore(KeepsSecret):
             provider=provider.name,
             master_key=wrapped.master_key,
             wrapped_key=to_base64(wrapped.blob),
+            standby_provider=None if standby is None else standby.name,
+            standby_master_key=None if second is None else second.master_key,
+            standby_wrapped_key=None if second is None else to_base64(second.blob),
             key_check=to_base64(data_key.check),
         )
 
@@ -499,6 +519,12 @@ class Opened(KeepsSecret):
 def live_keys(rows: StoredRows) -> list[KeyRow]:
     """Return the rows of the data keys that every process loads."""
     return [row for row in rows.keys if row.state in _LIVE]
+
+
+def _newly_retired(before: StoredRows, after: StoredRows) -> str | None:
+    primary = before.in_state(State.PRIMARY)
+    retired = None if primary is None else after.key(primary.required("key_id"))
+    return retired.key_id if retired is not None and retired.state is State.RETIRED else None
 
 
 def _key_ids(rows: StoredRows, state: State) -> list[str]:

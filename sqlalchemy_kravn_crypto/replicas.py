@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from typing import Any, Final
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -58,7 +59,6 @@ def beat(  # noqa: PLR0913 - what a process says of itself
     connection: Connection,
     replica_id: str,
     *,
-    version: str,
     epoch: int,
     primary_key_id: str,
     key_ids: Collection[str],
@@ -80,7 +80,7 @@ def beat(  # noqa: PLR0913 - what a process says of itself
             "replica_id": replica_id,
             "host": socket.gethostname()[:255],
             "process_id": os.getpid(),
-            "version": version[:32],
+            "version": version("sqlalchemy-kravn-crypto")[:32],
             "started_at": database_now(),
         }
         connection.execute(insert(_REPLICAS).values(said | first), execution_options=OWN_TABLES)

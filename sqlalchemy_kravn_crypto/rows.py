@@ -323,8 +323,12 @@ def locked(engine: Engine, deployment_id: str, wait: float) -> Iterator[Connecti
         yield connection
 
 
-def take_lock(connection: Connection, deployment_id: str, wait: float) -> None:
-    """Take the lock for the transaction of a connection that begins here; see :func:`locked`."""
+def take_lock(connection: Connection, deployment_id: str, wait: float, *, keep_isolation: bool = False) -> None:
+    """Take the lock for the transaction of a connection that begins here; see :func:`locked`.
+
+    :param keep_isolation: leave the isolation level as it is. In a stricter one than READ COMMITTED, whoever waited for
+        the lock cannot see what its holder wrote, or fails.
+    """
     dialect = connection.dialect.name
     take = _LOCKS.get(dialect)
     if take is None:
@@ -332,6 +336,8 @@ def take_lock(connection: Connection, deployment_id: str, wait: float) -> None:
             f"The key store cannot live on {dialect}: this release knows how to lock a row on "
             f"{', '.join(sorted(_LOCKS))}."
         )
+    if not keep_isolation and dialect != "sqlite":
+        connection.execution_options(isolation_level="READ COMMITTED")
     within_lock_timeout(
         lambda: take(connection, deployment_id, wait),
         f"Another process has held the lock on kms_keys for more than {wait:g} seconds. It may be waiting for its KMS; "
@@ -353,14 +359,11 @@ def within_lock_timeout(action: Callable[[], None], message: str) -> None:
 
 
 def _lock_postgresql(connection: Connection, deployment_id: str, wait: float) -> None:
-    # In a stricter isolation level, whoever waited for the lock could not see what its holder wrote.
-    connection.execution_options(isolation_level="READ COMMITTED")
     connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": f"{int(wait * 1000)}ms"})
     _lock_control_row(connection, deployment_id)
 
 
 def _lock_mysql(connection: Connection, deployment_id: str, wait: float) -> None:
-    connection.execution_options(isolation_level="READ COMMITTED")
     before = connection.execute(text("SELECT @@SESSION.innodb_lock_wait_timeout")).scalar_one()
     connection.execute(text("SET SESSION innodb_lock_wait_timeout = :wait"), {"wait": max(1, int(wait))})
     try:

@@ -23,7 +23,10 @@ from .secrecy import KeepsSecret
 logger = logging.getLogger(__name__)
 
 PREFIX: Final = "KRAVN_"
-SECRETS: Final = ("secret", "kms_vault_token", "kms_azure_client_secret")
+STANDBY_PREFIX: Final = "KRAVN_STANDBY_"
+"""Before the settings of a second KMS, that only the commands on a standby read."""
+
+SECRETS: Final = ("secret", "secret_next", "secret_retired", "kms_vault_token", "kms_azure_client_secret")
 """The settings that are secrets. Each has a form that ends in ``_FILE`` and names a file that holds it."""
 
 MAX_TIMEOUT: Final = 120.0
@@ -50,6 +53,13 @@ class Provision(StrEnum):
     NEVER = "never"
 
 
+class Fence(StrEnum):
+    """What keeps a process from writing under a data key that is no longer the primary."""
+
+    LEASE = "lease"
+    TRANSACTION = "transaction"
+
+
 class Settings(KeepsSecret, BaseSettings):
     """All settings. Each is read from the environment variable of its name, in capitals, behind ``KRAVN_``.
 
@@ -71,6 +81,24 @@ class Settings(KeepsSecret, BaseSettings):
 
     secret: SecretStr | None = None
     """The deployment's own secret: the bootstrap key and the row MACs come from it."""
+
+    secret_next: SecretStr | None = None
+    """The secret that is to take its place: rows may already be authenticated with it."""
+
+    secret_retired: SecretStr | None = None
+    """Secrets that were in its place, one a line: they decrypt what is still under them, and authenticate nothing."""
+
+    look_interval: float = Field(default=15.0, ge=0.05, le=600)
+    """How many seconds after a look at the key store the next one is due."""
+
+    lease: float = Field(default=180.0, ge=0.2, le=86_400)
+    """For how many seconds after a look at the key store values are encrypted."""
+
+    fence: Fence = Fence.LEASE
+    """``transaction``: every transaction that writes encrypted values locks the primary."""
+
+    destroy_after_days: float = Field(default=7.0, ge=0, le=3650)
+    """How many days a data key must have been disabled before it may be destroyed."""
 
     data_dir: Path = Path("data")
     """The directory of ``secret.key``, which is used where there is no ``secret``."""
@@ -107,7 +135,8 @@ class Settings(KeepsSecret, BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            message = "; ".join(_described(details) for details in error.errors(include_input=False, include_url=False))
+            found = error.errors(include_input=False, include_url=False)
+            message = "; ".join(_described(details, str(self.model_config["env_prefix"])) for details in found)
         if message:
             raise SettingsError(message)
         self._check_whole()
@@ -148,10 +177,16 @@ class Settings(KeepsSecret, BaseSettings):
 
     def _check_whole(self) -> None:
         """Check what concerns more than one setting."""
-        if self.secret is not None and len(self.secret.get_secret_value()) < MIN_SECRET_LENGTH:
+        for name, value in self._secrets():
+            if len(value) < MIN_SECRET_LENGTH:
+                raise SettingsError(
+                    f"{name} is too short: it must have at least {MIN_SECRET_LENGTH} characters, better "
+                    f"{STRONG_SECRET_LENGTH} random ones. Make one with: openssl rand -hex 32"
+                )
+        if self.lease < 2 * self.look_interval:
             raise SettingsError(
-                f"KRAVN_SECRET is too short: it must have at least {MIN_SECRET_LENGTH} characters, better "
-                f"{STRONG_SECRET_LENGTH} random ones. Make one with: openssl rand -hex 32"
+                f"KRAVN_LEASE is {self.lease:g} seconds: it must be at least twice KRAVN_LOOK_INTERVAL "
+                f"({self.look_interval:g}), or one look that fails keeps a process from writing."
             )
         required = {
             Provider.NONE: (),
@@ -164,24 +199,58 @@ class Settings(KeepsSecret, BaseSettings):
                 "kms_azure_client_secret",
             ),
         }[self.kms_provider]
-        missing = [variable(name) for name in required if not getattr(self, name)]
+        prefix = str(self.model_config["env_prefix"])
+        missing = [prefix + name.upper() for name in required if not getattr(self, name)]
         if missing:
-            raise SettingsError(f"KRAVN_KMS_PROVIDER={self.kms_provider.value} also needs {', '.join(missing)}.")
+            raise SettingsError(f"{prefix}KMS_PROVIDER={self.kms_provider.value} also needs {', '.join(missing)}.")
 
     def weaknesses(self) -> list[str]:
         """Return what is accepted but should be better."""
-        found = []
-        if self.secret is not None and len(self.secret.get_secret_value()) < STRONG_SECRET_LENGTH:
-            found.append(
-                f"KRAVN_SECRET has fewer than {STRONG_SECRET_LENGTH} characters. Whoever reads kms_keys can test "
-                "guesses at it; make a random one with: openssl rand -hex 32"
-            )
-        return found
+        return [
+            f"{name} has fewer than {STRONG_SECRET_LENGTH} characters. Whoever reads kms_keys can test guesses at it; "
+            "make a random one with: openssl rand -hex 32"
+            for name, value in self._secrets()
+            if len(value) < STRONG_SECRET_LENGTH
+        ]
+
+    def _secrets(self) -> list[tuple[str, str]]:
+        """Return the deployment's own secrets and the variables that they are in."""
+        found = [("KRAVN_SECRET", self.secret), ("KRAVN_SECRET_NEXT", self.secret_next)]
+        return [
+            *((name, secret.get_secret_value()) for name, secret in found if secret is not None),
+            *(("KRAVN_SECRET_RETIRED", secret) for secret in self.retired_secrets),
+        ]
+
+    @property
+    def retired_secrets(self) -> tuple[str, ...]:
+        """The secrets in ``secret_retired``."""
+        retired = "" if self.secret_retired is None else self.secret_retired.get_secret_value()
+        return tuple(filter(None, map(str.strip, retired.splitlines())))
 
     @property
     def secret_file(self) -> Path:
         """Where ``secret.key`` is, or would be, from the root of the file system."""
         return (self.data_dir / SECRET_FILE_NAME).absolute()
+
+
+class StandbySettings(Settings):
+    """The settings of a second KMS: those that begin with ``kms_``, behind ``KRAVN_STANDBY_``."""
+
+    model_config = SettingsConfigDict(env_prefix=STANDBY_PREFIX)
+
+    @classmethod
+    def from_environment(cls) -> StandbySettings:
+        """Read the environment.
+
+        :raises SettingsError: see :class:`Settings`; also if they name no KMS.
+        """
+        refuse_misspelt(os.environ)
+        settings = cls()
+        if settings.kms_provider is Provider.NONE:
+            raise SettingsError(
+                "There is no standby KMS: set KRAVN_STANDBY_KMS_PROVIDER and the settings that go with it."
+            )
+        return settings
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
@@ -191,8 +260,9 @@ class _SecretFiles(PydanticBaseSettingsSource):
         """Return what the file of one setting holds."""
         if field_name not in SECRETS:
             return None, field_name, False
-        path = _from_environment(f"{variable(field_name)}_FILE")
-        return (_read_secret(field_name, Path(path)) if path else None), field_name, False
+        name = str(self.config["env_prefix"]) + field_name.upper()
+        path = _from_environment(f"{name}_FILE")
+        return (_read_secret(name, Path(path)) if path else None), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         """Return what the files hold."""
@@ -206,8 +276,8 @@ def _from_environment(name: str) -> str | None:
 
 
 def _read_secret(name: str, path: Path) -> str:
-    if _from_environment(variable(name)):
-        raise SettingsError(f"{variable(name)} and {variable(name)}_FILE are both set. Unset one of them.")
+    if _from_environment(name):
+        raise SettingsError(f"{name} and {name}_FILE are both set. Unset one of them.")
     reason, content = None, ""
     try:
         with path.open("rb") as file:
@@ -217,7 +287,7 @@ def _read_secret(name: str, path: Path) -> str:
     except UnicodeDecodeError:
         reason = "it is not UTF-8 text"
     if reason is not None or not content:
-        raise SettingsError(f"{variable(name)}_FILE names {path}, which cannot be used: {reason or 'it is empty'}.")
+        raise SettingsError(f"{name}_FILE names {path}, which cannot be used: {reason or 'it is empty'}.")
     return content
 
 
@@ -228,7 +298,9 @@ def variable(name: str) -> str:
 
 def known_variables() -> tuple[str, ...]:
     """Return the environment variables that are read."""
-    return (*map(variable, Settings.model_fields), *(f"{variable(name)}_FILE" for name in SECRETS))
+    own = (*map(variable, Settings.model_fields), *(f"{variable(name)}_FILE" for name in SECRETS))
+    of_kms = tuple(name.removeprefix(PREFIX) for name in own if name.startswith(f"{PREFIX}KMS_"))
+    return (*own, *(STANDBY_PREFIX + name for name in of_kms))
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -253,9 +325,9 @@ def refuse_misspelt(environment: Mapping[str, str]) -> None:
         logger.warning("%s is no setting of this library and is ignored", name)
 
 
-def _described(details: Mapping[str, Any]) -> str:
+def _described(details: Mapping[str, Any], prefix: str) -> str:
     """Return what pydantic found, without the value in which it found it."""
-    name = variable(str(details["loc"][0])) if details["loc"] else "The settings"
+    name = prefix + str(details["loc"][0]).upper() if details["loc"] else "The settings"
     if details["type"] == "extra_forbidden":
         return f"{name} is no setting"
     if details["type"] == "enum":

@@ -1,4 +1,4 @@
-"""Add what rotating keys needs: the ledger kms_rekeys, and columns of kms_keys and kms_replicas.
+"""Add what rotating keys needs: the ledger kms_rekeys, and columns of kms_keys, kms_replicas and kms_columns.
 
 Revision: 0002
 Follows: 0001
@@ -24,6 +24,7 @@ def upgrade() -> None:
     op.add_column("kms_replicas", sa.Column("primary_key_id", sa.String(16), nullable=True))
     op.add_column("kms_replicas", sa.Column("mac_key_ids", sa.Text(), nullable=True))
     op.add_column("kms_replicas", sa.Column("lease", sa.Integer(), nullable=True))
+    op.add_column("kms_columns", sa.Column("earlier_names", sa.Text(), nullable=True))
     op.create_table(
         "kms_rekeys",
         sa.Column("schema_name", sa.String(128), nullable=False),
@@ -51,6 +52,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take them away again. No data key is lost; row MACs that cover an events_hash no longer verify."""
     op.drop_table("kms_rekeys")
+    op.drop_column("kms_columns", "earlier_names")
     for name in ("primary_key_id", "mac_key_ids", "lease"):
         op.drop_column("kms_replicas", name)
     op.drop_column("kms_keys", "events_hash")

@@ -1,0 +1,150 @@
+"""The process's watch on the key store, and what of it is installed on engines."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, event
+
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+class _Process:
+    """The watch of this process, and the engine of the database that holds the key store."""
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+        self.engine: Engine | None = None
+
+
+_process: Final = _Process()
+
+# Of each engine that is followed, the one of the key store where that is another.
+_followed: Final[WeakKeyDictionary[Engine, Engine | None]] = WeakKeyDictionary()
+
+
+def start(watch: Watch, engine: Engine) -> None:
+    """Make a watch the one of this process."""
+    _process.watch, _process.engine = watch, engine
+
+
+def current() -> tuple[Watch | None, Engine | None]:
+    """Return the watch of this process and the engine of its key store."""
+    return _process.watch, _process.engine
+
+
+def stop() -> None:
+    """Follow the key store no more, and take the heartbeat away."""
+    watch, engine = current()
+    _process.watch = _process.engine = None
+    if watch is not None and engine is not None and watch.has_beaten:
+        _leave(watch, engine)
+
+
+def resume(watch: Watch | None, engine: Engine | None) -> None:
+    """Have the watch again that :func:`current` returned."""
+    _process.watch, _process.engine = watch, engine
+
+
+def follow(engine: Engine, key_store: Engine | None = None) -> None:
+    """Look at the key store whenever a transaction of an engine begins and a look is due.
+
+    :param key_store: the engine of the database that holds the key store, where it is not this one.
+    """
+    is_new = engine not in _followed
+    _followed[engine] = key_store
+    if not is_new:
+        return
+
+    # Before the listeners of others, who may begin a transaction that our commit would end.
+    event.listen(engine, "begin", _begun, insert=True)
+    event.listen(engine, "begin_twophase", _begun, insert=True)
+    event.listen(engine, "before_execute", _executing)
+    event.listen(engine, "before_cursor_execute", _sending)
+    event.listen(engine, "after_cursor_execute", _executed)
+    event.listen(engine, "rollback_savepoint", _rolled_back_to_savepoint)
+
+
+def _begun(connection: Connection, *_: Any) -> None:
+    watch, elsewhere = _process.watch, _elsewhere(connection)
+    if watch is None:
+        return
+    if elsewhere is None:
+        watch.begun(connection)
+    elif watch.is_due:
+        with elsewhere.connect() as other, other.begin():
+            pass  # where that begins, it is looked
+
+
+def _executing(connection: Connection, statement: Any, *_: Any) -> None:
+    if _process.watch is not None and _elsewhere(connection) is None:
+        _process.watch.executing(connection, statement)
+
+
+def _sending(connection: Connection, _cursor: Any, _sql: str, _parameters: Any, context: Any, _many: Any) -> None:
+    if _process.watch is not None and context is not None:
+        _process.watch.sending(connection, context.compiled)
+
+
+def _executed(connection: Connection, _cursor: Any, _sql: str, _parameters: Any, context: Any, _many: Any) -> None:
+    if _process.watch is not None and _elsewhere(connection) is None:
+        _process.watch.executed(connection, context)
+
+
+def _rolled_back_to_savepoint(connection: Connection, *_: Any) -> None:
+    if _process.watch is not None:
+        _process.watch.rolled_back_to_savepoint(connection)
+
+
+def _elsewhere(connection: Connection) -> Engine | None:
+    """Return the engine of the key store where it is not the connection's own."""
+    engine: Any = connection.engine
+    while hasattr(engine, "_proxied"):  # what Engine.execution_options() returns
+        engine = engine._proxied  # noqa: SLF001 - there is no public name
+    return _followed.get(engine)
+
+
+def _leave(watch: Watch, engine: Engine) -> None:
+    """Take the heartbeat away, on a connection of its own: the pool may be waiting for ones that never come back."""
+    apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+
+    def leave() -> None:
+        with apart.begin() as connection:
+            watch.leave(connection)
+
+    try:
+        if engine.dialect.is_async:
+            _run_async(apart, leave)
+        else:
+            leave()
+            apart.dispose()
+    except Exception as error:  # noqa: BLE001 - the process ends, and the row does no harm once its lease is over
+        logger.debug("the heartbeat stays until its lease is over: %s", type(error).__name__)
+
+
+def _run_async(apart: Engine, leave: Any) -> None:
+    import asyncio  # noqa: PLC0415 - synchronous programs do without
+
+    from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - as above
+
+    async def run() -> None:
+        await greenlet_spawn(leave)
+        await greenlet_spawn(apart.dispose)
+
+    asyncio.run(run())
+
+
+def _after_fork() -> None:
+    if _process.watch is not None:
+        _process.watch.after_fork()
+
+
+atexit.register(stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

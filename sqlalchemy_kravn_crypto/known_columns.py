@@ -1,0 +1,250 @@
+"""Every encrypted column that any process has declared, and where it is in the database.
+
+What is counted, re-encrypted and destroyed goes by ``kms_columns`` as well as by the models at hand, so that a column
+whose model is gone is not forgotten with its values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sqlalchemy import ColumnClause, Connection, MetaData, TableClause, column, delete, inspect, select, table
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
+
+from .columns import TEXT, EncryptedColumn
+from .exceptions import ColumnUnreachableError, UnsupportedDatabaseError
+from .rows import OWN_TABLES
+from .schema import TABLES
+from .types import EncryptedType, encrypted_columns
+
+_COLUMNS: Final = TABLES.columns
+_ON_UPDATE: Final = "on update"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class KnownColumn:
+    """One encrypted column of one table. Plain values, so that it can be pickled and sent to another process.
+
+    :ivar schema: empty for the default schema.
+    :ivar storage: ``binary`` or ``text``.
+    :ivar name: the name that values are bound to.
+    :ivar earlier_names: names that stored values may be bound to besides.
+    """
+
+    schema: str
+    table: str
+    column: str
+    storage: str
+    name: str
+    earlier_names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Schema, table and column, for messages."""
+        return ".".join(part for part in (self.schema, self.table, self.column) if part)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Schema, table and column: what there is one column of."""
+        return self.schema, self.table, self.column
+
+
+# --- What is declared ------------------------------------------------------------------------------------------------
+
+
+def declared(metadata: MetaData | None = None) -> list[KnownColumn]:
+    """Return the encrypted columns of all tables of a ``MetaData``, or without one of all that this process has made.
+
+    Where several are declared for one place, they are one column with all of their names.
+    """
+    if metadata is None:
+        found = encrypted_columns()
+    else:
+        columns = (column for table in metadata.tables.values() for column in table.columns)
+        found = [EncryptedColumn(one, one.type.storage) for one in columns if isinstance(one.type, EncryptedType)]
+    known: dict[tuple[str, str, str], KnownColumn] = {}
+    for encrypted in found:
+        new = _known(encrypted)
+        before = known.get(new.place, new)
+        known[new.place] = replace(before, earlier_names=_others(before.name, *before.earlier_names, *_names(new)))
+    return sorted(known.values())
+
+
+def _known(encrypted: EncryptedColumn) -> KnownColumn:
+    owner: Any = encrypted.column.table
+    type_: Any = encrypted.column.type
+    earlier = tuple(type_.earlier_names)
+    name = str(type_.column_name)
+    # str() of each, since SQLAlchemy's quoted names are of a class of their own.
+    return KnownColumn(
+        str(owner.schema or ""), str(owner.name), str(encrypted.column.name), encrypted.storage, name, earlier
+    )
+
+
+def _names(known: KnownColumn) -> tuple[str, ...]:
+    return (known.name, *known.earlier_names)
+
+
+def _others(name: str, *names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(other for other in names if other != name))
+
+
+# --- What is on record -----------------------------------------------------------------------------------------------
+
+
+def record(connection: Connection, columns: Iterable[KnownColumn]) -> None:
+    """Put columns on record that are not, or are with another storage or other names. The caller commits.
+
+    One query where nothing is new. Several processes may do the same at once, in any isolation level in which one sees
+    what the other has committed.
+
+    :raises UnsupportedDatabaseError: if it is not known how this database inserts what another process may insert too.
+    """
+    present = set(recorded(connection))
+    # All in the same order, so that of two processes one waits for the other, and not each for the other.
+    for known in sorted(set(columns) - present):
+        connection.execute(_upsert(connection.dialect.name, known), execution_options=OWN_TABLES)
+
+
+def recorded(connection: Connection) -> list[KnownColumn]:
+    """Return the columns on record."""
+    columns = _COLUMNS.c
+    statement = select(
+        columns.schema_name,
+        columns.table_name,
+        columns.column_name,
+        columns.storage,
+        columns.name,
+        columns.earlier_names,
+    )
+    found = connection.execute(statement, execution_options=OWN_TABLES)
+    return sorted(KnownColumn(*row[:-1], tuple(json.loads(row.earlier_names or "[]"))) for row in found)
+
+
+def forget(connection: Connection, schema: str, table: str, column: str) -> bool:
+    """Take a column off the record, and tell whether it was on it. The caller commits.
+
+    Its values are then no longer counted, so that the keys they are under can be destroyed.
+    """
+    columns = _COLUMNS.c
+    found = connection.execute(
+        delete(_COLUMNS).where(
+            columns.schema_name == schema, columns.table_name == table, columns.column_name == column
+        ),
+        execution_options=OWN_TABLES,
+    )
+    return found.rowcount > 0
+
+
+def _upsert(dialect: str, known: KnownColumn) -> Any:
+    values = {
+        "storage": known.storage,
+        "name": known.name,
+        "earlier_names": json.dumps(known.earlier_names) if known.earlier_names else None,
+    }
+    row = {"schema_name": known.schema, "table_name": known.table, "column_name": known.column, **values}
+    if dialect == "postgresql":
+        return postgresql.insert(_COLUMNS).values(row).on_conflict_do_update(index_elements=_KEY, set_=values)
+    if dialect == "sqlite":
+        return sqlite.insert(_COLUMNS).values(row).on_conflict_do_update(index_elements=_KEY, set_=values)
+    if dialect in {"mysql", "mariadb"}:
+        return mysql.insert(_COLUMNS).values(row).on_duplicate_key_update(values)
+    raise UnsupportedDatabaseError(f"It is not known how {dialect} inserts a row that another process may insert too.")
+
+
+_KEY: Final = ("schema_name", "table_name", "column_name")
+
+
+# --- All that are known ----------------------------------------------------------------------------------------------
+
+
+def known(connection: Connection, metadata: MetaData | None = None, schemas: Sequence[str] = ()) -> list[KnownColumn]:
+    """Return the columns on record and those of a ``MetaData``; of a column that is both, as the models have it.
+
+    Where programs move tables with ``schema_translate_map``, one declared column is many in the database: name the
+    schemas that the tables are moved to. Each column of the default schema, or of a schema that the database does not
+    have (a placeholder, therefore), is then taken wherever its table is: in each of ``schemas``, and in its own. One
+    whose table is in none of them stays what it was declared as, and is unreachable; a schema without the table has no
+    values of it.
+
+    :param schemas: names of schemas.
+    :raises ColumnUnreachableError: if the database has no schema of such a name.
+    """
+    found = {one.place: one for one in (*recorded(connection), *(declared(metadata) if metadata is not None else ()))}
+    if not schemas:
+        return sorted(found.values())
+    inspector = inspect(connection)
+    present = set(inspector.get_schema_names())
+    for name in schemas:
+        if name not in present:
+            raise ColumnUnreachableError(f"The database has no schema {name!r}. Correct the list of schemas.")
+    tables = {schema: set(inspector.get_table_names(schema=schema or None)) for schema in ("", *schemas)}
+    placed: dict[tuple[str, str, str], KnownColumn] = {}
+    for one in found.values():
+        places = [one] if one.schema in present else _places(one, schemas, tables)
+        placed |= {to.place: found.get(to.place, to) for to in places}
+    return sorted(placed.values())
+
+
+def _places(one: KnownColumn, schemas: Sequence[str], tables: dict[str, set[str]]) -> list[KnownColumn]:
+    """Return a column in each schema that its table is in; if it is in none, the column as it is."""
+    own = ("",) if one.schema == "" else ()
+    return [replace(one, schema=schema) for schema in (*own, *schemas) if one.table in tables[schema]] or [one]
+
+
+# --- Where they are --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A column in the database, and what is needed of its table.
+
+    The table is a bare one, without the types, defaults and events of the models, so that what is done with it leaves
+    no trace but the value.
+
+    :ivar value: the stored value, as the plain type of its storage.
+    :ivar key: the columns of the primary key, in its order; empty if there is none.
+    :ivar kept: columns that the database would change with every UPDATE that does not name them.
+    """
+
+    known: KnownColumn
+    table: TableClause
+    value: ColumnClause[Any]
+    key: tuple[ColumnClause[Any], ...]
+    kept: tuple[ColumnClause[Any], ...] = ()
+
+
+def located(connection: Connection, known: KnownColumn) -> Located:
+    """Find a column in the database.
+
+    :raises ColumnUnreachableError: if it is not there.
+    """
+    inspector = inspect(connection)
+    schema = known.schema or None
+    present: dict[str, Any] = {}
+    key: list[str] = []
+    missing = False
+    try:
+        present = {found["name"]: found for found in inspector.get_columns(known.table, schema=schema)}
+        key = inspector.get_pk_constraint(known.table, schema=schema)["constrained_columns"]
+    except NoSuchTableError:
+        missing = True
+    if missing or known.column not in present:
+        what = "table" if missing else "column"
+        raise ColumnUnreachableError(
+            f"{known.label} holds encrypted values, or did, but the {what} is not there. Migrate the database, or name "
+            "the schemas where the tables are in several; if the values are gone for good, take the column off the "
+            "record with `kravn-crypto forget-column`."
+        )
+    stored: TypeEngine[Any] = Text() if known.storage == TEXT else LargeBinary()
+    value: ColumnClause[Any] = column(known.column, stored)
+    keys = tuple(column(name, present[name]["type"]) for name in key)
+    # Only MySQL and MariaDB change a column by themselves; reflection gives it with the default.
+    changing = [name for name, found in present.items() if _ON_UPDATE in str(found.get("default") or "").lower()]
+    kept = tuple(column(name, NULLTYPE) for name in changing if name != known.column)
+    return Located(known, table(known.table, value, *keys, *kept, schema=schema), value, keys, kept)
