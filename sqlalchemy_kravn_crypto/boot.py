@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from . import following, guards
 from .clock import as_utc, process_clock
 from .configuration import key_store, settings_from_environment, watch_settings
-from .context import publish, put_aside, put_back
+from .context import publish, put_aside
 from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
 from .keystore import Opened
 from .rows import KeyRow, StoredRows, connect, read_rows
@@ -134,16 +134,16 @@ def reset() -> None:
 def set_aside() -> Iterator[None]:
     """Within a ``with`` block, do as if the process had not been configured; afterwards, as before. For tests."""
     before = _process.engine, _process.settings, _process.provider, _process.deployment_id
-    watched, keys = following.current(), put_aside()
+    watched = following.current()
     following.resume(None, None)  # its heartbeat stays
-    reset()
-    try:
-        yield
-    finally:
+    with put_aside():
         reset()
-        _process.engine, _process.settings, _process.provider, _process.deployment_id = before
-        following.resume(*watched)
-        put_back(keys)
+        try:
+            yield
+        finally:
+            reset()
+            _process.engine, _process.settings, _process.provider, _process.deployment_id = before
+            following.resume(*watched)
 
 
 def provision(engine: Engine, settings: Settings | None = None, *, new_database: bool = False) -> StoredRows:

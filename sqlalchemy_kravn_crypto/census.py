@@ -17,11 +17,8 @@ from .ciphertext import (
     LEGACY_PREFIXES,
     TEXT_FRAME_START,
     TEXT_HEADER_SIZE,
-    TEXT_KEY_PREFIX_SIZE,
     key_id_of_start,
     key_id_of_text_start,
-    key_prefix,
-    text_key_prefix,
 )
 from .columns import TEXT
 from .exceptions import ColumnUnreachableError
@@ -127,7 +124,7 @@ def census(connection: Connection, columns: Sequence[KnownColumn]) -> Census:
 
 
 def _count(connection: Connection, column: Located, key_ids: Sequence[str]) -> ColumnCensus:
-    under = [under_key(column, key_id) for key_id in key_ids]
+    under = [column.under(key_id) for key_id in key_ids]
     # To compare with what is known takes the database less than to group by it.
     counts = select(func.count(), func.count(column.value), *(func.count(case((one, 1))) for one in under))
     rows, values, *of_keys = connection.execute(counts.select_from(column.table), execution_options=OWN_TABLES).one()
@@ -154,9 +151,9 @@ def _starts_of_others(column: Located, under: Sequence[ColumnElement[bool]]) -> 
     """
     is_text = column.known.storage == TEXT
     size = TEXT_HEADER_SIZE if is_text else KEY_PREFIX_SIZE
-    start = func.substr(column.value, 1, size, type_=column.value.type)
+    first_part = func.substr(column.value, 1, size, type_=column.value.type)
     # SQLite keeps text as text in a column of bytes, and no text is equal to any bytes.
-    start = start if is_text else cast(start, LargeBinary())
+    start: ColumnElement[Any] = first_part if is_text else cast(first_part, LargeBinary())
     begins = (
         select(start.label("start"), func.count().label("count"))
         .where(column.value.is_not(None), *(not_(one) for one in under))
@@ -175,13 +172,3 @@ def _starts_of_others(column: Located, under: Sequence[ColumnElement[bool]]) -> 
         else_=literal(frame_start[:0], column.value.type),
     ).label("kind")
     return select(kind, func.sum(begins.c.count)).group_by(kind)
-
-
-def under_key(column: Located, key_id: str) -> ColumnElement[bool]:
-    """Return the condition that a value is under a data key; NULL for NULL.
-
-    In text storage the last 2 of the 64 bits of the key id are not looked at.
-    """
-    if column.known.storage == TEXT:
-        return func.substr(column.value, 1, TEXT_KEY_PREFIX_SIZE) == text_key_prefix(key_id)
-    return func.substr(column.value, 1, KEY_PREFIX_SIZE) == key_prefix(key_id)

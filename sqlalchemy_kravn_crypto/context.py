@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-from .clock import process_clock
+from .clock import Clock, process_clock
 from .exceptions import LeaseExpiredError, NotConfiguredError
 from .keyring import Keyring
 
@@ -18,14 +18,16 @@ class _KeyContext:
 
     :ivar keyring: the keyring.
     :ivar writable_until: until when it may encrypt, by the process's clock.
+    :ivar clock: the process's clock.
     :ivar unknown_key: told of a data key that a value needed and the keyring does not hold.
     """
 
-    __slots__ = ("keyring", "unknown_key", "writable_until")
+    __slots__ = ("clock", "keyring", "unknown_key", "writable_until")
 
     def __init__(self) -> None:
         self.keyring: Keyring | None = None
         self.writable_until = math.inf
+        self.clock: Clock = process_clock
         self.unknown_key: Callable[[], None] | None = None
 
 
@@ -56,7 +58,7 @@ def keyring_to_write() -> Keyring:
     overriding = _override.get()
     if overriding is not None:
         return overriding
-    if process_clock() > _process.writable_until:
+    if _process.clock() > _process.writable_until:
         raise LeaseExpiredError(
             "Nothing is encrypted: this process has not been able to confirm for too long which data key is primary. "
             "Look in the log for why the key store could not be read or its keys not be unwrapped. An engine that "
@@ -78,29 +80,35 @@ def is_configured() -> bool:
 
 
 def publish(
-    keyring: Keyring | None, *, writable_until: float = math.inf, unknown_key: Callable[[], None] | None = None
+    keyring: Keyring | None,
+    *,
+    writable_until: float = math.inf,
+    clock: Clock = process_clock,
+    unknown_key: Callable[[], None] | None = None,
 ) -> None:
     """Make a keyring the one of the whole process, or take it away.
 
-    :param writable_until: until when it may encrypt, by the process's clock; without one for ever.
+    :param writable_until: until when it may encrypt, by the clock; without one for ever.
+    :param clock: the process's clock.
     :param unknown_key: what to call when a value needs a data key that it does not hold.
     """
     # The lease first: for a moment the old keyring may have the new one's lease, which is never too long for it, since
     # who publishes has just seen that both may be used.
-    _process.writable_until = writable_until
+    _process.writable_until, _process.clock = writable_until, clock
     _process.unknown_key = unknown_key
     _process.keyring = keyring
 
 
-def put_aside() -> tuple[Keyring | None, float, Callable[[], None] | None]:
-    """Return what is published, to be put back."""
-    return _process.keyring, _process.writable_until, _process.unknown_key
-
-
-def put_back(published: tuple[Keyring | None, float, Callable[[], None] | None]) -> None:
-    """Publish again what :func:`put_aside` returned."""
-    keyring, writable_until, unknown_key = published
-    publish(keyring, writable_until=writable_until, unknown_key=unknown_key)
+@contextmanager
+def put_aside() -> Iterator[None]:
+    """Within a ``with`` block, have nothing published; afterwards, what was before. For tests."""
+    before = {name: getattr(_process, name) for name in _KeyContext.__slots__}
+    publish(None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(_process, name, value)
 
 
 def replace_keyring(keyring: Keyring) -> None:

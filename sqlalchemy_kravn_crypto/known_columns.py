@@ -11,11 +11,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import ColumnClause, Connection, MetaData, TableClause, column, delete, inspect, select, table
+from sqlalchemy import (
+    ColumnClause,
+    ColumnElement,
+    Connection,
+    MetaData,
+    TableClause,
+    column,
+    delete,
+    func,
+    inspect,
+    select,
+    table,
+)
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 
+from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_key_prefix
 from .columns import TEXT, EncryptedColumn
 from .exceptions import ColumnUnreachableError, UnsupportedDatabaseError
 from .rows import OWN_TABLES
@@ -217,6 +230,15 @@ class Located:
     value: ColumnClause[Any]
     key: tuple[ColumnClause[Any], ...]
     kept: tuple[ColumnClause[Any], ...] = ()
+
+    def under(self, key_id: str) -> ColumnElement[bool]:
+        """Return the condition that the value is under a data key; for NULL it is neither true nor false.
+
+        In text storage the last 2 of the 64 bits of the key id are not looked at.
+        """
+        if self.known.storage == TEXT:
+            return func.substr(self.value, 1, TEXT_KEY_PREFIX_SIZE, type_=self.value.type) == text_key_prefix(key_id)
+        return func.substr(self.value, 1, KEY_PREFIX_SIZE, type_=self.value.type) == key_prefix(key_id)
 
 
 def located(connection: Connection, known: KnownColumn) -> Located:

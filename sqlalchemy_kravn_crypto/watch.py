@@ -105,6 +105,7 @@ class Watch(KeepsSecret):
         publish(
             self._keyring,
             writable_until=self._looked_at + settings.lease,
+            clock=clock,
             unknown_key=self._unknown_key,
         )
 
@@ -114,6 +115,7 @@ class Watch(KeepsSecret):
         self._publishing = threading.Lock()
         self.replica_id = new_replica_id()
         self.has_beaten = False
+        self._is_to_beat = True
         self._due = -math.inf
 
     def after_fork(self) -> None:
@@ -134,7 +136,7 @@ class Watch(KeepsSecret):
     def begun(self, connection: Connection) -> None:
         """Look, at the beginning of a transaction."""
         connection.info.pop(_FENCED, None)
-        if self.is_due:
+        if self.is_due or self._is_to_beat:
             idle = is_idle(connection)
             if idle:
                 self._single_flight(lambda: self._look_between_transactions(connection))
@@ -198,6 +200,7 @@ class Watch(KeepsSecret):
         looked = self._apart(connection, "look", lambda: self._look(connection, is_fresh=True))
         if not looked:
             return
+        self._is_to_beat = False
         with waiting_briefly(connection, _BRIEFLY):
             self.has_beaten = self._apart(connection, "heartbeat", lambda: self._beat(connection)) or self.has_beaten
             new = [column for column in declared(None) if column not in self._recorded]
@@ -257,6 +260,8 @@ class Watch(KeepsSecret):
 
     def _publish(self, epoch: int, keyring: Keyring) -> None:
         """Make a keyring the process's, unless it already has one of a later epoch."""
+        # What was taken in within a transaction is said at the beginning of the next.
+        self._is_to_beat = True
         with self._publishing:
             if epoch < self._epoch:
                 return

@@ -60,6 +60,7 @@ from sqlalchemy_kravn_crypto import (
     Keyring,
     MutableJSON,
     boot,
+    configuration,
     configure,
     configure_async,
     guards,
@@ -1057,8 +1058,8 @@ OBJECTS: dict[str, Callable[[], list[Any]]] = {
     "settings": lambda: [Settings(secret=SECRET, **VAULT), Settings(secret=SECRET, **AZURE)],
     "settings as JSON": lambda: [settings.model_dump_json() for settings in OBJECTS["settings"]()],
     "settings as a dict": lambda: [settings.model_dump() for settings in OBJECTS["settings"]()],
-    "provider": lambda: [boot._provider(settings) for settings in OBJECTS["settings"]()],
-    "key store": lambda: [boot._key_store(settings) for settings in OBJECTS["settings"]()],
+    "provider": lambda: [configuration.provider_of(settings) for settings in OBJECTS["settings"]()],
+    "key store": lambda: [configuration.key_store(settings) for settings in OBJECTS["settings"]()],
     "bootstrap secret": lambda: [BootstrapSecret.from_secret(SECRET)],
     "frame": lambda: [parse(DataKey(KEY).encrypt(bytes(24), MARKER.encode(), ColumnName("a.b")))],
 }

@@ -1385,7 +1385,7 @@ def test_configure_guards_each_engine(configured: str) -> None:
     configure(engine)
     configure(second)
     for each in (engine, second):
-        assert len(each.dispatch.before_cursor_execute) == 1
+        assert len(each.dispatch.before_cursor_execute) == 2  # the guard of statements, and the one of the fence
         with Session(each) as session:
             session.execute(KEPT)
             with pytest.raises(UnsupportedOperationError):

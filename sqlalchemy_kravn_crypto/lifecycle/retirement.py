@@ -224,8 +224,8 @@ def _refuse_before(change: Change, key_id: str, age: timedelta) -> None:
     left = (allowed_at - read_database_time(change.connection)).total_seconds()
     if left > 0:
         raise TooEarlyError(
-            f"Data key {key_id} may be destroyed from {allowed_at:%Y-%m-%d %H:%M} UTC on, when it has been disabled for "
-            f"{age / timedelta(days=1):g} days.",
+            f"Data key {key_id} may be destroyed from {allowed_at:%Y-%m-%d %H:%M} UTC on, when it has been disabled "
+            f"for {age / timedelta(days=1):g} days.",
             seconds=left,
         )
 

@@ -1,0 +1,123 @@
+"""The stale values of one column within a range of primary keys: read in batches, replaced if still the same.
+
+Core only, on bare tables: no event of the ORM, no ``onupdate``, no version counter takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, bindparam, func, not_, select, tuple_, type_coerce, update
+from sqlalchemy.types import NULLTYPE
+
+from .bulk_update import BulkUpdate
+from .key_ranges import Key, KeyColumns
+from .known_columns import Located
+from .rows import OWN_TABLES
+
+_MYSQL: Final = frozenset({"mysql", "mariadb"})
+
+
+class StaleValues:
+    """The values of a column that are not NULL and not under one key, in a range of primary keys.
+
+    :param key_id: the key that values are to be under.
+    :param lower: the first key of the range, as text; ``None`` if it is open.
+    :param upper: the first key behind the range, as text; ``None`` if it is open.
+    :raises ColumnUnreachableError: if the table has no primary key to walk along.
+    """
+
+    def __init__(
+        self, located: Located, key_id: str, dialect: str, *, lower: str | None = None, upper: str | None = None
+    ) -> None:
+        self.keys = KeyColumns(located.key, located.known.label, dialect)
+        self._located = located
+        self._dialect = dialect
+        self._bulk = BulkUpdate(located.table, located.value, self.keys)
+        self._lower = None if lower is None else self.keys.after(self.keys.from_text(lower), or_at=True)
+        # NULL is neither under a key nor not.
+        self._within = [not_(located.under(key_id))]
+        if upper is not None:
+            self._within.append(self.keys.before(self.keys.from_text(upper)))
+
+    # --- Reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, connection: Connection, after: Key | None, limit: int) -> Sequence[Any]:
+        """Return the next rows: the columns of the primary key, and the stored value as the driver has it.
+
+        :param after: the last key of the rows before; ``None`` at the beginning of the range.
+        """
+        key = self.keys.columns
+        statement = (
+            select(*key, type_coerce(self._located.value, NULLTYPE))
+            .where(*self._conditions(after))
+            .order_by(*key)
+            .limit(limit)
+        )
+        return connection.execute(statement, execution_options=OWN_TABLES).all()
+
+    def count(self, connection: Connection) -> int:
+        """Return how many there are."""
+        statement = select(func.count()).select_from(self._located.table).where(*self._conditions(None))
+        return connection.execute(statement, execution_options=OWN_TABLES).scalar_one()
+
+    def split(self, connection: Connection, parts: int) -> tuple[list[str], int]:
+        """Return the bounds between ranges with as many of them each, as text, and how many there are in each.
+
+        :param parts: how many ranges; fewer if there are fewer values.
+        """
+        size = max(1, -(-self.count(connection) // parts))
+        number = func.row_number().over(order_by=self.keys.columns).label("number")
+        numbered = select(*self.keys.columns, number).where(*self._conditions(None)).subquery()
+        *key, place = numbered.columns
+        firsts = select(*key).where(place > 1, (place - 1) % size == 0).order_by(place).limit(parts - 1)
+        rows = connection.execute(firsts, execution_options=OWN_TABLES)
+        return [self.keys.to_text(tuple(row)) for row in rows], size
+
+    def _conditions(self, after: Key | None) -> list[ColumnElement[bool]]:
+        if after is not None:
+            return [*self._within, self.keys.after(after)]
+        return self._within if self._lower is None else [*self._within, self._lower]
+
+    # --- Replacing ---------------------------------------------------------------------------------------------------
+
+    def replace(self, connection: Connection, keys: Sequence[Key], before: Sequence[Any], after: Sequence[Any]) -> int:
+        """Store new values where the stored one is still the one that was read; return in how many rows it was.
+
+        The first statements of a transaction, which the caller commits. A row that somebody else has locked is waited
+        for but briefly, and then left as it is.
+        """
+        if not keys:
+            return 0
+        if self._dialect == "postgresql":
+            return self._bulk.execute(connection, keys, before, after)
+        if self._dialect in _MYSQL:
+            free = self._lock(connection, keys)
+            rows = [row for row in zip(keys, before, after, strict=True) if row[0] in free]
+        else:
+            rows = list(zip(keys, before, after, strict=True))
+        return self._replace_one_by_one(connection, rows)
+
+    def _lock(self, connection: Connection, keys: Sequence[Key]) -> set[Key]:
+        """Lock those rows that nobody else has locked, and return their keys."""
+        columns = self.keys.columns
+        listed = columns[0].in_([key[0] for key in keys]) if len(columns) == 1 else tuple_(*columns).in_(list(keys))
+        statement = select(*columns).where(listed).with_for_update(skip_locked=True)
+        return {tuple(row) for row in connection.execute(statement, execution_options=OWN_TABLES)}
+
+    def _replace_one_by_one(self, connection: Connection, rows: Sequence[tuple[Key, Any, Any]]) -> int:
+        if not rows:
+            return 0
+        columns, value = self.keys.columns, self._located.value
+        names = [f"kravn_key_{place}" for place in range(len(columns))]
+        same_key = (one == bindparam(name, type_=one.type) for one, name in zip(columns, names, strict=True))
+        statement = (
+            update(self._located.table)
+            .values({value: bindparam("kravn_after", type_=value.type)} | {kept: kept for kept in self._located.kept})
+            .where(*same_key, value == bindparam("kravn_before", type_=value.type))
+        )
+        parameters = [
+            dict(zip(names, key, strict=True), kravn_before=before, kravn_after=after) for key, before, after in rows
+        ]
+        return connection.execute(statement, parameters, execution_options=OWN_TABLES).rowcount
