@@ -96,13 +96,6 @@ class Keyring(KeepsSecret):
         """Return one of the data keys by its key id, 16 hexadecimal characters."""
         return next((key for key in self._keys.values() if key.key_id.hex() == key_id), None)
 
-    def with_primary(self, key_id: str) -> Keyring | None:
-        """Return a keyring of the same data keys with another one as primary; ``None`` if it is not among them."""
-        primary = self.data_key(key_id)
-        if primary is None:
-            return None
-        return Keyring(primary, self._keys.values(), disabled=self._disabled, destroyed=self._destroyed)
-
     def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload under the primary, with a fresh random nonce.
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from .ciphertext import ColumnName, to_text
 from .clock import Clock
-from .columns import TEXT, frame_of
+from .columns import BINARY, TEXT, frame_of
 from .context import keyring_to_write
 from .exceptions import DecryptionError, OutdatedKeyringError
 from .key_ranges import Key
@@ -24,7 +24,7 @@ from .stale_values import StaleValues
 MOST_UNREADABLE: Final = 1000
 """How many values that do not decrypt are named; all are counted."""
 
-_POLL: Final = 1.0  # seconds between looks at what other workers have finished
+_POLL: Final = 0.1  # seconds between looks at what other workers have finished
 
 OnProgress = Callable[[Shard, Counts], None]
 """Called after every batch with what became of it."""
@@ -186,9 +186,15 @@ class Worker:
         self.connection.rollback()
         if not rows:
             return None
-        keys, before, new, unreadable = self._reencrypted(claimed.shard, rows)
-        replaced = values.replace(self.connection, keys, before, new)
-        last = tuple(rows[-1][:-1])
+        *key, stored = zip(*rows, strict=True)
+        keys = list(zip(*key, strict=True))
+        last = keys[-1]
+        before, after, errors = self._reencrypted(claimed.shard, stored)
+        label = claimed.shard.column.label
+        unreadable = [UnreadableValue(label, keys[place], error) for place, error in errors.items()]
+        if errors:
+            keys = [key for place, key in enumerate(keys) if place not in errors]
+        replaced = values.replace(self.connection, keys, before, after)
         counts = Counts(replaced, len(keys) - replaced, len(unreadable))
         is_entered = advance(self.connection, claimed, values.keys.to_text(last), counts)
         if is_entered:
@@ -197,28 +203,30 @@ class Worker:
             self.connection.rollback()
         return _Batch(last, counts, unreadable, is_entered)
 
-    def _reencrypted(
-        self, shard: Shard, rows: Sequence[Any]
-    ) -> tuple[list[Key], list[Any], list[Any], list[UnreadableValue]]:
-        """Return keys, values and new values of the rows whose values decrypt, and which do not."""
+    def _reencrypted(self, shard: Shard, stored: Sequence[Any]) -> tuple[Sequence[Any], list[Any], dict[int, str]]:
+        """Return the values that decrypt, their new values, and by their places the errors of those that do not."""
         reencrypt, storage, label = self._reencryptor(shard), shard.column.storage, shard.column.label
-        is_text = storage == TEXT
-        keys: list[Key] = []
-        before: list[Any] = []
-        after: list[Any] = []
-        unreadable: list[UnreadableValue] = []
-        for row in rows:
-            stored = row[-1]
+
+        def renewed(one: Any) -> Any:
+            new = reencrypt(frame_of(one, storage, label))
+            return to_text(new) if storage == TEXT else new
+
+        try:
+            # Nearly always all are frames already: the way of a value is then no longer than it must be.
+            if storage == BINARY and set(map(type, stored)) == {bytes}:
+                return stored, [reencrypt(one) for one in stored], {}
+            return stored, [renewed(one) for one in stored], {}
+        except DecryptionError:
+            pass
+        before, after, errors = list[Any](), list[Any](), dict[int, str]()
+        for place, one in enumerate(stored):
             try:
-                frame = stored if type(stored) is bytes and not is_text else frame_of(stored, storage, label)
-                new = reencrypt(frame)
+                after.append(renewed(one))
             except DecryptionError as error:
-                unreadable.append(UnreadableValue(label, tuple(row[:-1]), type(error).__name__))
-                continue
-            keys.append(row[:-1])
-            before.append(stored if is_text else frame)
-            after.append(to_text(new) if is_text else new)
-        return keys, before, after, unreadable
+                errors[place] = type(error).__name__
+            else:
+                before.append(one)
+        return before, after, errors
 
     def _reencryptor(self, shard: Shard) -> Callable[[bytes], bytes]:
         keyring = self.keyring()

@@ -67,13 +67,14 @@ class StaleValues:
 
         :param parts: how many ranges; fewer if there are fewer values.
         """
-        size = max(1, -(-self.count(connection) // parts))
         number = func.row_number().over(order_by=self.keys.columns).label("number")
-        numbered = select(*self.keys.columns, number).where(*self._conditions(None)).subquery()
-        *key, place = numbered.columns
-        firsts = select(*key).where(place > 1, (place - 1) % size == 0).order_by(place).limit(parts - 1)
-        rows = connection.execute(firsts, execution_options=OWN_TABLES)
-        return [self.keys.to_text(tuple(row)) for row in rows], size
+        total = func.count().over().label("total")
+        numbered = select(*self.keys.columns, number, total).where(*self._conditions(None)).subquery()
+        *key, place, of = numbered.columns
+        size = (of + (parts - 1)) // parts
+        firsts = select(*key, size).where((place - 1) % size == 0).order_by(place)
+        rows = connection.execute(firsts, execution_options=OWN_TABLES).all()
+        return [self.keys.to_text(tuple(row[:-1])) for row in rows[1:]], rows[0][-1] if rows else 0
 
     def _conditions(self, after: Key | None) -> list[ColumnElement[bool]]:
         if after is not None:

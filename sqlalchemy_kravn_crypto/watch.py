@@ -11,11 +11,12 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 
 from .changes import changing_on
 from .clock import Clock, process_clock
@@ -27,7 +28,7 @@ from .keyring import Keyring
 from .keystore import NO_PROVIDER, KeyStore, Opened
 from .known_columns import KnownColumn, declared, record
 from .promotion import held_by_all, promote_pending, replicas_without
-from .replicas import beat, leave, new_replica_id
+from .replicas import beat, forget_dead, leave, new_replica_id
 from .rows import KEYRING, OWN_TABLES, select_rows
 from .schema import CONTROL_ROW_ID, TABLES, State
 from .secrecy import KeepsSecret
@@ -50,6 +51,9 @@ _RETRY: Final = 60.0
 
 _BRIEFLY: Final = 200
 """How many milliseconds the beginning of a transaction waits for SQLite's lock to leave a heartbeat."""
+
+_REMEMBERED: Final = timedelta(days=1)
+"""How long the heartbeat of a process that ended without a word is kept."""
 
 _ATTEMPTS: Final = 3
 """How often the primary is asked for, when it changes while its row is waited for."""
@@ -149,7 +153,8 @@ class Watch(KeepsSecret):
                     if idle is None
                     else "something else has begun a transaction before the engine did",
                 )
-                self._single_flight(lambda: self._look_within_transaction(connection))
+                # An error here is met again by the statement that the transaction begins with.
+                self._single_flight(lambda: self._look_quietly(connection))
 
     def executing(self, connection: Connection, statement: Any) -> None:
         """Look, before values are encrypted for a statement; and lock the primary where there is a fence."""
@@ -159,7 +164,7 @@ class Watch(KeepsSecret):
             else:
                 # Begins the transaction, as the statement is about to, and with it looks.
                 connection.exec_driver_sql("SELECT 1")
-        if self._settings.fence and statement.is_dml and _may_write_ciphertext(statement):
+        if self._settings.fence and _may_write_ciphertext(statement):
             self._fence(connection)
 
     def sending(self, connection: Connection, compiled: Any) -> None:
@@ -234,6 +239,15 @@ class Watch(KeepsSecret):
         except KravnCryptoError as error:
             self._warn_once("look", "%s of the key store failed and is tried again: %s", "look", str(error))
 
+    def _look_quietly(self, connection: Connection) -> None:
+        failure = None
+        try:
+            self._look_within_transaction(connection)
+        except SQLAlchemyError as error:
+            failure = type(getattr(error, "orig", None) or error).__name__
+        if failure is not None:
+            self._warn_once("look", "%s of the key store failed and is tried again: %s", "look", failure)
+
     def _look(self, connection: Connection, *, is_fresh: bool) -> None:
         """See whether the epoch is still the one that is known, and take in what has changed.
 
@@ -271,6 +285,8 @@ class Watch(KeepsSecret):
             replace_keyring(keyring)
 
     def _beat(self, connection: Connection) -> None:
+        if not self.has_beaten:
+            forget_dead(connection, _REMEMBERED)
         beat(
             connection,
             self.replica_id,
@@ -326,16 +342,15 @@ class Watch(KeepsSecret):
             )
         started = self._clock()
         epoch, key_id = self._writers_key(connection)
-        if key_id not in self._keyring.key_ids:
-            self._look_within_transaction(connection)
-        fenced = self._keyring.with_primary(key_id)
-        if fenced is None:
-            raise LeaseExpiredError(
-                f"Nothing is encrypted: data key {key_id} is the primary, and this process could not load it. Look in "
-                "the log for why its KMS did not unwrap it."
-            )
         if key_id != self._keyring.primary_key_id:
-            self._publish(epoch, fenced)
+            # Only rows that were verified say which key is the primary; what was just read was not.
+            self._look_within_transaction(connection)
+        # Of a later epoch than was read, whatever is the primary will do: all hold it, and it is not retired yet.
+        if key_id != self._keyring.primary_key_id and epoch >= self._epoch:
+            raise LeaseExpiredError(
+                f"Nothing is encrypted: data key {key_id} is the primary, and this process does not hold it. Look in "
+                "the log for why it could not be taken in; if there is nothing, begin a new transaction."
+            )
         extend_lease(started + self._settings.lease)
         connection.info[_FENCED] = True
 
@@ -378,5 +393,9 @@ def _sees_commits(connection: Connection) -> bool:
 
 
 def _may_write_ciphertext(statement: Any) -> bool:
+    if isinstance(statement, Compiled):
+        statement = statement.statement
+    if not getattr(statement, "is_dml", False):
+        return False
     table = getattr(statement, "table", None)
     return not isinstance(table, Table) or any(map(is_registered, table.columns))

@@ -335,9 +335,9 @@ def test_a_process_that_is_stopped_between_execution_and_result_reads_what_was_r
 
 def _write_under(operator: Operator, key_id: str, number: int) -> None:
     """Write as another process would, that already encrypts under a key."""
-    keyring = operator.store.open(operator.engine).keyring.with_primary(key_id)
-    assert keyring is not None
-    frame = keyring.encrypt(f'\x01{{"number":{number}}}'.encode(), ColumnName("note.content"))
+    key = operator.store.open(operator.engine).keyring.data_key(key_id)
+    assert key is not None
+    frame = Keyring(key).encrypt(f'\x01{{"number":{number}}}'.encode(), ColumnName("note.content"))
     with operator.engine.begin() as connection:
         connection.execute(
             text("INSERT INTO note (id, content, number) VALUES (:id, :content, 0)"), {"id": number, "content": frame}
@@ -608,6 +608,27 @@ def test_the_lock_is_taken_again_when_a_savepoint_that_it_was_taken_in_is_rolled
         session.add(Note(id=4, content={"number": 4}))
         session.commit()
     assert len([statement for statement in sent if "FOR SHARE" in statement]) == 2
+
+
+@pytest.mark.parametrize("planted", [{"primary_of": "default"}, {"closing": "00" * 8}])
+def test_a_key_that_somebody_else_made_the_primary_is_not_written_under(
+    engine: Engine, fenced: Watch, operator: Operator, planted: dict[str, str]
+) -> None:
+    """Such as a retired one that is known to have leaked."""
+    put(engine, 1)
+    leaked = current_keyring().primary_key_id
+    rotated(operator)
+    promote(operator, force=True)
+    put(engine, 2)
+    primary = current_keyring().primary_key_id
+    with operator.engine.begin() as connection:
+        if "primary_of" in planted:
+            connection.execute(update(KEYS).where(KEYS.c.key_id == primary).values(state="retired", primary_of=None))
+        state = "primary" if "primary_of" in planted else "pending"
+        connection.execute(update(KEYS).where(KEYS.c.key_id == leaked).values(state=state, **planted))
+    with pytest.raises(errors.LeaseExpiredError, match=leaked):
+        put(engine, 3)
+    assert numbers(engine) == [1, 2]
 
 
 def test_in_autocommit_a_fenced_process_does_not_write(
