@@ -49,6 +49,12 @@ class BulkUpdate:
 
     def __init__(self, table: TableClause, value: ColumnClause[Any], keys: KeyColumns) -> None:
         self._table, self._value, self._keys = table, value, keys
+        # That the rows are within the range of the batch follows from their keys; said, it keeps any plan to the range.
+        self._within = (
+            keys.after(keys.parameters("first"), or_at=True),
+            keys.before(keys.parameters("last"), or_at=True),
+        )
+        self._of_all = self._update_all()
 
     def execute(self, connection: Connection, keys: Sequence[Key], before: Sequence[Any], after: Sequence[Any]) -> int:
         """Replace values, and return in how many rows. For the beginning of a transaction, which the caller commits.
@@ -60,32 +66,30 @@ class BulkUpdate:
         :param after: the values to replace them with.
         """
         parameters = self._parameters(keys, before, after)
-        within = self._keys.after(keys[0], or_at=True), self._keys.before(keys[-1], or_at=True)
         try:
             connection.execute(_BOUNDS)
-            return self._rows_updated(connection, self._of_all(within), parameters)
+            return self._rows_updated(connection, self._of_all, parameters)
         except DBAPIError as error:
             if not _waited(error):
                 raise
         connection.rollback()
         connection.execute(_BOUNDS)
-        return self._rows_updated(connection, self._of_unlocked(within), parameters)
+        return self._rows_updated(connection, self._update_unlocked(), parameters)
 
     def _rows_updated(self, connection: Connection, statement: Any, parameters: dict[str, Any]) -> int:
         return connection.execute(statement, parameters, execution_options=OWN_TABLES).rowcount
 
     # --- The statements ----------------------------------------------------------------------------------------------
-    # That the rows are within the range of the batch follows from their keys; said, it keeps any plan to that range.
 
-    def _of_all(self, within: Iterable[ColumnElement[bool]]) -> Any:
+    def _update_all(self) -> Any:
         new, value = self._new(), self._value
         return (
             update(self._table)
             .values({value: self._taken(new, "after")})
-            .where(*_same_key(self._keys.columns, new), value == self._taken(new, "before"), *within)
+            .where(*_same_key(self._keys.columns, new), value == self._taken(new, "before"), *self._within)
         )
 
-    def _of_unlocked(self, within: Iterable[ColumnElement[bool]]) -> Any:
+    def _update_unlocked(self) -> Any:
         new, locked = self._new(), self._table.alias("locked")
         keys = [locked.c[key.name] for key in self._keys.columns]
         unchanged = and_(*_same_key(keys, new), locked.c[self._value.name] == self._taken(new, "before"))
@@ -99,7 +103,9 @@ class BulkUpdate:
             .subquery("free")
         )
         return (
-            update(self._table).values({self._value: free.c.after}).where(*_same_key(self._keys.columns, free), *within)
+            update(self._table)
+            .values({self._value: free.c.after})
+            .where(*_same_key(self._keys.columns, free), *self._within)
         )
 
     def _new(self) -> Any:
@@ -125,7 +131,7 @@ class BulkUpdate:
     # --- The parameters ----------------------------------------------------------------------------------------------
 
     def _parameters(self, keys: Sequence[Key], before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
-        parameters: dict[str, Any] = {}
+        parameters = self._keys.named("first", keys[0]) | self._keys.named("last", keys[-1])
         for place, key in enumerate(self._keys.columns):
             parameters[f"key_{place}"] = _listed([values[place] for values in keys], key.type)
         for name, values in (("before", before), ("after", after)):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from operator import ge, gt, le, lt
 from typing import Any, Final
 
-from sqlalchemy import ColumnClause, ColumnElement, and_, literal, or_, tuple_
+from sqlalchemy import BindParameter, ColumnClause, ColumnElement, and_, bindparam, literal, or_, tuple_
 from sqlalchemy.types import Enum
 
 from .codecs.selection import codec_for
@@ -57,6 +57,14 @@ class KeyColumns:
         payloads = map(b64decode, json.loads(text))
         return tuple(codec.decode(payload) for codec, payload in zip(self._codecs, payloads, strict=True))
 
+    def parameters(self, name: str) -> Key:
+        """Return parameters in the place of a key, for a statement that is made once; :meth:`named` gives them."""
+        return tuple(bindparam(f"{name}_{place}", type_=one.type) for place, one in enumerate(self.columns))
+
+    def named(self, name: str, key: Key) -> dict[str, Any]:
+        """Return the values of :meth:`parameters`."""
+        return {f"{name}_{place}": value for place, value in enumerate(key)}
+
     def after(self, key: Key, *, or_at: bool = False) -> ColumnElement[bool]:
         """Return the condition that a row comes after a key, or at it."""
         return self._compared(key, is_after=True, or_at=or_at)
@@ -66,7 +74,7 @@ class KeyColumns:
         return self._compared(key, is_after=False, or_at=or_at)
 
     def _compared(self, key: Key, *, is_after: bool, or_at: bool) -> ColumnElement[bool]:
-        values = [literal(value, column.type) for value, column in zip(key, self.columns, strict=True)]
+        values = [_literal(value, column) for value, column in zip(key, self.columns, strict=True)]
         if len(values) == 1 or not self._in_long_form:
             mine: Any = self.columns[0] if len(values) == 1 else tuple_(*self.columns)
             theirs: Any = values[0] if len(values) == 1 else tuple_(*values)
@@ -80,6 +88,10 @@ class KeyColumns:
         ]
         # The first condition follows from the others; it is what the index is searched with.
         return and_(_order(self.columns[0], values[0], is_after=is_after, or_at=True), or_(*alternatives))
+
+
+def _literal(value: Any, column: ColumnClause[Any]) -> ColumnElement[Any]:
+    return value if isinstance(value, BindParameter) else literal(value, column.type)
 
 
 def _order(mine: Any, theirs: Any, *, is_after: bool, or_at: bool) -> ColumnElement[bool]:

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, false, func, insert, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    DateTime,
+    and_,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
-from .clock import database_now, for_database, read_database_time
+from .clock import database_now
 from .known_columns import KnownColumn
 from .rows import OWN_TABLES
 from .schema import TABLES
@@ -185,16 +201,15 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
 
     :param worker: who takes it; a name of up to 36 characters that nobody else has.
     """
+    free = and_(_C.finished_at.is_(None), or_(_C.leased_until.is_(None), _C.leased_until < database_now()))
+    statement = (
+        select(_REKEYS)
+        .where(_any_of(shards), free)
+        .order_by(_C.schema_name, _C.table_name, _C.column_name, _C.shard)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
     while True:
-        now = for_database(connection, read_database_time(connection))
-        free = and_(_C.finished_at.is_(None), or_(_C.leased_until.is_(None), _C.leased_until < now))
-        statement = (
-            select(_REKEYS)
-            .where(_any_of(shards), free)
-            .order_by(_C.schema_name, _C.table_name, _C.column_name, _C.shard)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
         row = connection.execute(statement, execution_options=OWN_TABLES).mappings().first()
         if row is None:
             connection.rollback()
@@ -203,7 +218,7 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
         # With the bounds on record, which are others where the same was planned once more.
         shard = _shard(next(one.column for one in shards if one.column.place == place), row)
         # SQLite has no lock on rows: there, somebody may have been faster, and the condition does not hold any more.
-        taken = update(_REKEYS).where(_any_of([shard]), free).values(worker=worker, leased_until=now + LEASE)
+        taken = update(_REKEYS).where(_any_of([shard]), free).values(worker=worker, leased_until=_lease_end())
         if _execute(connection, taken) == 1:
             connection.commit()
             return Claim(shard, worker, row["position"])
@@ -215,30 +230,25 @@ def advance(connection: Connection, claimed: Claim, position: str | None, counts
 
     :param position: the last primary key of the batch, as text; ``None`` to begin anew.
     """
-    now = for_database(connection, read_database_time(connection))
-    values = {
-        "position": position,
-        "rows_seen": _C.rows_seen + counts.seen,
-        "rekeyed": _C.rekeyed + counts.rekeyed,
-        "conflicts": _C.conflicts + counts.conflicts,
-        "unreadable": _C.unreadable + counts.unreadable,
-        "leased_until": now + LEASE,
-        "updated_at": database_now(),
+    numbers = {
+        "seen": counts.seen,
+        "replaced": counts.rekeyed,
+        "in_conflict": counts.conflicts,
+        "not_read": counts.unreadable,
     }
-    return _execute(connection, update(_REKEYS).where(_claimed(claimed)).values(values)) == 1
+    return _execute(connection, _ADVANCE, _mine(claimed) | numbers | {"reached": position}) == 1
 
 
 def finish(connection: Connection, claimed: Claim) -> bool:
     """Enter that a shard is done; tell whether the worker still had it. Commits."""
-    values = {"finished_at": database_now(), "updated_at": database_now()}
-    done = _execute(connection, update(_REKEYS).where(_claimed(claimed)).values(values)) == 1
+    done = _execute(connection, _FINISH, _mine(claimed)) == 1
     connection.commit()
     return done
 
 
 def release(connection: Connection, claimed: Claim) -> None:
     """Give a shard back before its lease is over. Commits."""
-    _execute(connection, update(_REKEYS).where(_claimed(claimed)).values(leased_until=None, worker=None))
+    _execute(connection, _RELEASE, _mine(claimed))
     connection.commit()
 
 
@@ -280,9 +290,65 @@ def _any_of(shards: Sequence[Shard]) -> ColumnElement[bool]:
     )
 
 
-def _claimed(claimed: Claim) -> ColumnElement[bool]:
-    return and_(_any_of([claimed.shard]), _C.worker == claimed.worker, _C.finished_at.is_(None))
+def _execute(connection: Connection, statement: Any, parameters: dict[str, Any] | None = None) -> int:
+    return connection.execute(statement, parameters, execution_options=OWN_TABLES).rowcount
 
 
-def _execute(connection: Connection, statement: Any) -> int:
-    return connection.execute(statement, execution_options=OWN_TABLES).rowcount
+# --- What a worker executes with every batch, made once --------------------------------------------------------------
+
+
+class _lease_end(FunctionElement[datetime]):  # noqa: N801 - a function of SQL
+    """When a lease that begins now is over, by the database's clock, in UTC."""
+
+    type = DateTime(timezone=True)
+    inherit_cache = True
+
+
+@compiles(_lease_end, "postgresql")
+def _lease_end_postgresql(_element: Any, _compiler: Any, **_: Any) -> str:
+    return f"clock_timestamp() + interval '{LEASE.seconds} seconds'"
+
+
+@compiles(_lease_end, "sqlite")
+def _lease_end_sqlite(_element: Any, _compiler: Any, **_: Any) -> str:
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{LEASE.seconds} seconds')"
+
+
+@compiles(_lease_end, "mysql")
+@compiles(_lease_end, "mariadb")
+def _lease_end_mysql(_element: Any, _compiler: Any, **_: Any) -> str:
+    return f"UTC_TIMESTAMP(6) + INTERVAL {LEASE.seconds} SECOND"
+
+
+def _mine(claimed: Claim) -> dict[str, Any]:
+    column = claimed.shard.column
+    return {
+        "of_schema": column.schema,
+        "of_table": column.table,
+        "of_column": column.column,
+        "of_shard": claimed.shard.number,
+        "of_key": claimed.shard.key_id,
+        "of_worker": claimed.worker,
+    }
+
+
+_MINE: Final = update(_REKEYS).where(
+    _C.schema_name == bindparam("of_schema"),
+    _C.table_name == bindparam("of_table"),
+    _C.column_name == bindparam("of_column"),
+    _C.shard == bindparam("of_shard"),
+    _C.key_id == bindparam("of_key"),
+    _C.worker == bindparam("of_worker"),
+    _C.finished_at.is_(None),
+)
+_ADVANCE: Final = _MINE.values(
+    position=bindparam("reached"),
+    rows_seen=_C.rows_seen + bindparam("seen"),
+    rekeyed=_C.rekeyed + bindparam("replaced"),
+    conflicts=_C.conflicts + bindparam("in_conflict"),
+    unreadable=_C.unreadable + bindparam("not_read"),
+    leased_until=_lease_end(),
+    updated_at=database_now(),
+)
+_FINISH: Final = _MINE.values(finished_at=database_now(), updated_at=database_now())
+_RELEASE: Final = _MINE.values(worker=None, leased_until=None)

@@ -186,15 +186,15 @@ class Worker:
         self.connection.rollback()
         if not rows:
             return None
-        *key, stored = zip(*rows, strict=True)
-        keys = list(zip(*key, strict=True))
+        *columns, stored = zip(*rows, strict=True)
+        keys: list[Key] = list(zip(*columns, strict=True))
         last = keys[-1]
-        before, after, errors = self._reencrypted(claimed.shard, stored)
+        before, new, errors = self._reencrypted(claimed.shard, stored)
         label = claimed.shard.column.label
         unreadable = [UnreadableValue(label, keys[place], error) for place, error in errors.items()]
         if errors:
             keys = [key for place, key in enumerate(keys) if place not in errors]
-        replaced = values.replace(self.connection, keys, before, after)
+        replaced = values.replace(self.connection, keys, before, new)
         counts = Counts(replaced, len(keys) - replaced, len(unreadable))
         is_entered = advance(self.connection, claimed, values.keys.to_text(last), counts)
         if is_entered:

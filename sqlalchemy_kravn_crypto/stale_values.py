@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, bindparam, func, not_, select, tuple_, type_coerce, update
+from sqlalchemy import ColumnElement, Connection, Integer, bindparam, func, not_, select, tuple_, type_coerce, update
 from sqlalchemy.types import NULLTYPE
 
 from .bulk_update import BulkUpdate
@@ -35,11 +35,14 @@ class StaleValues:
         self._located = located
         self._dialect = dialect
         self._bulk = BulkUpdate(located.table, located.value, self.keys)
-        self._lower = None if lower is None else self.keys.after(self.keys.from_text(lower), or_at=True)
         # NULL is neither under a key nor not.
-        self._within = [not_(located.under(key_id))]
+        within = [not_(located.under(key_id))]
         if upper is not None:
-            self._within.append(self.keys.before(self.keys.from_text(upper)))
+            within.append(self.keys.before(self.keys.from_text(upper)))
+        from_lower = [] if lower is None else [self.keys.after(self.keys.from_text(lower), or_at=True)]
+        self._all = [*within, *from_lower]
+        self._first = self._reading(self._all)
+        self._next = self._reading([*within, self.keys.after(self.keys.parameters("after"))])
 
     # --- Reading -----------------------------------------------------------------------------------------------------
 
@@ -48,18 +51,22 @@ class StaleValues:
 
         :param after: the last key of the rows before; ``None`` at the beginning of the range.
         """
+        statement = self._first if after is None else self._next
+        parameters = {"kravn_limit": limit} | ({} if after is None else self.keys.named("after", after))
+        return connection.execute(statement, parameters, execution_options=OWN_TABLES).all()
+
+    def _reading(self, conditions: Sequence[ColumnElement[bool]]) -> Any:
         key = self.keys.columns
-        statement = (
+        return (
             select(*key, type_coerce(self._located.value, NULLTYPE))
-            .where(*self._conditions(after))
+            .where(*conditions)
             .order_by(*key)
-            .limit(limit)
+            .limit(bindparam("kravn_limit", type_=Integer()))
         )
-        return connection.execute(statement, execution_options=OWN_TABLES).all()
 
     def count(self, connection: Connection) -> int:
         """Return how many there are."""
-        statement = select(func.count()).select_from(self._located.table).where(*self._conditions(None))
+        statement = select(func.count()).select_from(self._located.table).where(*self._all)
         return connection.execute(statement, execution_options=OWN_TABLES).scalar_one()
 
     def split(self, connection: Connection, parts: int) -> tuple[list[str], int]:
@@ -69,17 +76,12 @@ class StaleValues:
         """
         number = func.row_number().over(order_by=self.keys.columns).label("number")
         total = func.count().over().label("total")
-        numbered = select(*self.keys.columns, number, total).where(*self._conditions(None)).subquery()
+        numbered = select(*self.keys.columns, number, total).where(*self._all).subquery()
         *key, place, of = numbered.columns
         size = (of + (parts - 1)) // parts
         firsts = select(*key, size).where((place - 1) % size == 0).order_by(place)
         rows = connection.execute(firsts, execution_options=OWN_TABLES).all()
         return [self.keys.to_text(tuple(row[:-1])) for row in rows[1:]], rows[0][-1] if rows else 0
-
-    def _conditions(self, after: Key | None) -> list[ColumnElement[bool]]:
-        if after is not None:
-            return [*self._within, self.keys.after(after)]
-        return self._within if self._lower is None else [*self._within, self._lower]
 
     # --- Replacing ---------------------------------------------------------------------------------------------------
 

@@ -434,7 +434,8 @@ def test_a_row_that_was_removed_added_or_put_back_stops_the_boot(
             store(kms).open(engine)
 
     refused([genuine[0], genuine[2]])
-    refused([genuine[0], genuine[1] | {"state": "retired"}, genuine[2], genuine[1] | {"id": 4, "key_id": "00" * 8, "state": "disabled"}])
+    added = genuine[1] | {"id": 4, "key_id": "00" * 8, "state": "disabled"}
+    refused([genuine[0], genuine[1] | {"state": "retired"}, genuine[2], added])
     refused([genuine[0], old_row])
     refused([old_control | {"epoch": 9}, genuine[1], genuine[2]])
     with engine.begin() as connection:

@@ -59,7 +59,6 @@ from sqlalchemy_kravn_crypto import (
     EncryptedString,
     Keyring,
     MutableJSON,
-    boot,
     configuration,
     configure,
     configure_async,
