@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from sqlalchemy_kravn_crypto.exceptions import SettingsError
-from sqlalchemy_kravn_crypto.settings import Provider, Provision, Settings, known_variables, unknown_variables
+from sqlalchemy_kravn_crypto.settings import Fence, Provider, Provision, Settings, known_variables, unknown_variables
 from tests.leaks import leaked
 
 MARKER = "S3CR3T" + "-marker-that-is-long-enough"
@@ -57,6 +57,12 @@ def plain(value: Any) -> Any:
     ("variable", "written", "expected"),
     [
         ("KRAVN_SECRET", SECRET, SECRET),
+        ("KRAVN_SECRET_NEXT", SECRET, SECRET),
+        ("KRAVN_SECRET_RETIRED", f"{SECRET}\n{SECRET}!", f"{SECRET}\n{SECRET}!"),
+        ("KRAVN_LOOK_INTERVAL", "5", 5.0),
+        ("KRAVN_LEASE", "60", 60.0),
+        ("KRAVN_FENCE", "transaction", Fence.TRANSACTION),
+        ("KRAVN_DESTROY_AFTER_DAYS", "30", 30.0),
         ("KRAVN_DATA_DIR", "/srv/kravn", Path("/srv/kravn")),
         ("KRAVN_DEPLOYMENT_ID", DEPLOYMENT_ID, UUID(DEPLOYMENT_ID)),
         ("KRAVN_KMS_PROVIDER", "none", Provider.NONE),
@@ -92,6 +98,12 @@ def test_each_variable_is_read(environment: Environment, variable: str, written:
 
 
 DEFAULTS: dict[str, Any] = {
+    "secret_next": None,
+    "secret_retired": None,
+    "look_interval": 15.0,
+    "lease": 180.0,
+    "fence": Fence.LEASE,
+    "destroy_after_days": 7.0,
     "secret": None,
     "data_dir": Path("data"),
     "deployment_id": None,
