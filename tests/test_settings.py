@@ -366,7 +366,10 @@ def test_no_known_name_is_unknown_and_all_of_the_others_are_listed() -> None:
     known = dict.fromkeys(known_variables(), "")
     assert unknown_variables(known) == []
     assert {f"{name}_FILE" for name in SECRET_VARIABLES} <= known.keys()
-    assert {name.removeprefix("KRAVN_").lower() for name in known if not name.endswith("_FILE")} == DEFAULTS.keys()
+    names = {name.removeprefix("KRAVN_").lower() for name in known if not name.endswith("_FILE")}
+    standby = {name for name in names if name.startswith("standby_")}
+    assert names - standby == DEFAULTS.keys()
+    assert standby == {f"standby_{name}" for name in DEFAULTS if name.startswith("kms_")}
     assert unknown_variables({**known, "KRAVN_B": "", "KRAVN_A": "", "PATH": "", "XKRAVN_A": ""}) == [
         "KRAVN_A",
         "KRAVN_B",
