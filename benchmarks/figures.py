@@ -53,11 +53,53 @@ class Effort:
     start_rounds: int
     memory_rows: int
     memory_rounds: int
+    rekey_rows: int
+    rekey_rounds: int
+    rekey_few_rows: int
+    rekey_many_rows: int
+    census_rows: int
+    census_rounds: int
+    serving_reads: int
+    serving_rounds: int
+    transactions: int
+    transaction_rounds: int
 
 
 THOROUGH = Effort(
-    rows=20_000, row_rounds=7, values=500, value_rounds=100, start_rounds=21, memory_rows=100_000, memory_rounds=3
+    rows=20_000,
+    row_rounds=7,
+    values=500,
+    value_rounds=100,
+    start_rounds=21,
+    memory_rows=100_000,
+    memory_rounds=3,
+    rekey_rows=200_000,
+    rekey_rounds=5,
+    rekey_few_rows=10_000,
+    rekey_many_rows=1_000_000,
+    census_rows=1_000_000,
+    census_rounds=9,
+    serving_reads=3_000,
+    serving_rounds=9,
+    transactions=500,
+    transaction_rounds=21,
 )
 QUICK = Effort(
-    rows=4_000, row_rounds=15, values=500, value_rounds=30, start_rounds=7, memory_rows=30_000, memory_rounds=1
+    rows=4_000,
+    row_rounds=15,
+    values=500,
+    value_rounds=30,
+    start_rounds=7,
+    memory_rows=30_000,
+    memory_rounds=1,
+    rekey_rows=20_000,
+    rekey_rounds=3,
+    rekey_few_rows=10_000,
+    rekey_many_rows=100_000,
+    census_rows=400_000,
+    census_rounds=5,
+    serving_reads=1_000,
+    serving_rounds=3,
+    transactions=200,
+    transaction_rounds=7,
 )

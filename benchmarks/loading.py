@@ -1,10 +1,8 @@
 """Run in a process of its own: load all rows of a table, and print by how many bytes the process grew at its peak."""
 
-import resource
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
@@ -12,8 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_kravn_crypto import configure
 
 from .databases import store_of
-
-_STATUS: Final = Path("/proc/self/status")
+from .processes import peak
 
 
 def main(name: str, way: str, url: str) -> None:
@@ -30,20 +27,10 @@ def main(name: str, way: str, url: str) -> None:
             return session.scalars(select(store.model).limit(count)).all()
 
     load(1)
-    before = _peak()
+    before = peak()
     loaded = load(None)
-    sys.stdout.write(f"{_peak() - before}\n")
+    sys.stdout.write(f"{peak() - before}\n")
     del loaded
-
-
-def _peak() -> int:
-    """Return the largest resident set that this process has had, in bytes."""
-    # On Linux, what getrusage() tells begins with the peak of the process that started this one.
-    if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Final
 from .measuring import rotated
 
 _ROOT: Final = Path(__file__).parents[1]
+_STATUS: Final = Path("/proc/self/status")
 
 
 def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
@@ -24,22 +27,76 @@ def output_of(module: str, *arguments: str, environment: Mapping[str, str] | Non
 
     :raises RuntimeError: if it fails, with what it said.
     """
+    done = subprocess.run(  # noqa: S603 - this package's own modules
+        _command(module, arguments),
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+        env=_surroundings(environment),
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+class Helper:
+    """A process that does something whenever it is told to, and then prints numbers."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.wait()
+
+    def begin(self) -> None:
+        """Have it begin."""
+        assert self.process.stdin is not None  # noqa: S101 - it was started with one
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> list[int]:
+        """Wait until it has done that, and return the numbers.
+
+        :raises RuntimeError: if it ended instead; it has printed why.
+        """
+        assert self.process.stdout is not None  # noqa: S101 - as above
+        line = self.process.stdout.readline()
+        if not line:
+            msg = "a process that was to be measured ended"
+            raise RuntimeError(msg)
+        return [int(number) for number in line.split()]
+
+
+@contextmanager
+def helper(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Helper]:
+    """Have a module of this package run in a new process: it prints an empty line once it is ready.
+
+    Its settings are those of :func:`output_of`. At the end of the block it is killed.
+    """
+    with subprocess.Popen(  # noqa: S603 - this package's own modules
+        _command(module, arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        env=_surroundings(environment),
+    ) as process:
+        try:
+            yield Helper(process)
+        finally:
+            process.kill()
+
+
+def _command(module: str, arguments: tuple[str, ...]) -> list[str]:
+    return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
+
+
+def _surroundings(environment: Mapping[str, str] | None) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.upper().startswith("KRAVN_") and name != "PYTHONDONTWRITEBYTECODE"
     }
-    done = subprocess.run(  # noqa: S603 - this package's own modules
-        [sys.executable, "-m", f"{__package__}.{module}", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=_ROOT,
-        env={**inherited, "PYTHONPYCACHEPREFIX": _bytecode().name, **(environment or {})},
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    return done.stdout
+    return {**inherited, "PYTHONPYCACHEPREFIX": _bytecode().name, **(environment or {})}
 
 
 @cache
@@ -58,3 +115,13 @@ def least(
             printed = [float(text) for text in output_of(*commands[name], environment=environment).split()]
             found[name] = [min(pair) for pair in zip(found.get(name, [inf] * len(printed)), printed, strict=True)]
     return found
+
+
+def peak() -> int:
+    """Return the largest resident set that this process has had, in bytes."""
+    # On Linux, what getrusage() tells begins with the peak of the process that started this one.
+    if _STATUS.exists():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024

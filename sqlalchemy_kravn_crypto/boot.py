@@ -7,20 +7,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from . import following, guards
-from .clock import as_utc, process_clock
+from .clock import process_clock
 from .configuration import key_store, settings_from_environment, watch_settings
 from .context import publish, put_aside
-from .exceptions import AlreadyConfiguredError, ConfigurationError, KravnCryptoError, NotProvisionedError
+from .exceptions import AlreadyConfiguredError, ConfigurationError
 from .keystore import Opened
-from .rows import KeyRow, StoredRows, connect, read_rows
+from .rows import StoredRows, connect, read_rows
 from .types import encrypted_columns
 from .watch import Watch
 from .wrapping import Blocking, run_here
@@ -90,6 +88,8 @@ def configure(  # noqa: PLR0913 - each is a choice of its own
         )
     with _process.lock:
         _configure(key_store_engine or engine, settings or settings_from_environment(), provider, run_here)
+    if key_store_engine is not None:
+        following.follow(key_store_engine)
     following.follow(engine, key_store_engine)
     guards.install(engine, check_statements=check_statements, redact_errors=redact_errors)
 
@@ -118,6 +118,8 @@ async def configure_async(  # noqa: PLR0913 - as above
     settings = settings or await asyncio.to_thread(settings_from_environment)
     elsewhere = None if key_store_engine is None else key_store_engine.sync_engine
     await greenlet_spawn(_configure, elsewhere or engine.sync_engine, settings, provider, in_thread)
+    if elsewhere is not None:
+        following.follow(elsewhere)
     following.follow(engine.sync_engine, elsewhere)
     guards.install(engine.sync_engine, check_statements=check_statements, redact_errors=redact_errors)
 
@@ -163,74 +165,6 @@ def provision(engine: Engine, settings: Settings | None = None, *, new_database:
     return rows
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What keeps a process from starting, or will."""
-
-    error: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class KeyStatus:
-    """One data key on record."""
-
-    key_id: str
-    state: str
-    provider: str
-    master_key: str
-    created_at: datetime | None
-    since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What there is to say about a deployment without changing anything."""
-
-    provider: str | None
-    secret_file: str | None
-    deployment_id: str | None = None
-    epoch: int | None = None
-    keys: tuple[KeyStatus, ...] = ()
-    unknown_settings: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    problems: tuple[Problem, ...] = field(default=())
-
-
-def status(engine: Engine, settings: Settings | None = None) -> Status:
-    """Try everything that a boot does, and report instead of raising.
-
-    That is one KMS call for each live data key; before the first boot, a throw-away key is wrapped and unwrapped. The
-    database is only read.
-    """
-    from .settings import unknown_variables  # noqa: PLC0415 - pydantic is slow to import
-
-    problems: list[Problem] = []
-    if settings is None:
-        settings = _reported(problems, settings_from_environment)
-    rows = _reported(problems, lambda: _read(engine))
-    found = Status(None, None, unknown_settings=tuple(unknown_variables(os.environ)))
-    if settings is not None:
-        weaknesses = tuple(settings.weaknesses())
-        found = replace(
-            found, provider=settings.kms_provider.value, secret_file=str(settings.secret_file), warnings=weaknesses
-        )
-        _try_boot(engine, settings, rows, problems)
-    if rows is not None and rows.control is not None:
-        keys = tuple(map(_key_status, rows.keys))
-        found = replace(found, deployment_id=rows.control.deployment_id, epoch=rows.control.epoch, keys=keys)
-    return replace(found, problems=tuple(problems))
-
-
-def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, problems: list[Problem]) -> None:
-    store = _reported(problems, lambda: key_store(settings))
-    if store is None or rows is None:
-        return
-    _reported(problems, lambda: replace(store, may_provision=False).open(engine))
-    if problems and problems[-1].error == NotProvisionedError.__name__ and store.may_provision:
-        _reported(problems, store.rehearse)
-
-
 def _configure(engine: Engine, settings: Settings, provider: KeyProvider | None, blocking: Blocking) -> None:
     if _process.settings is not None:
         _refuse_another(engine, settings, provider)
@@ -264,30 +198,3 @@ def _refuse_another(engine: Engine, settings: Settings, provider: KeyProvider | 
 def _read(engine: Engine) -> StoredRows:
     with connect(engine) as connection:
         return read_rows(connection)
-
-
-def _reported(problems: list[Problem], function: Callable[[], T]) -> T | None:
-    try:
-        return function()
-    except KravnCryptoError as error:
-        problems.append(Problem(type(error).__name__, str(error)))
-    except SQLAlchemyError as error:
-        problems.append(Problem(type(error).__name__, database_error(error)))
-    return None
-
-
-def database_error(error: SQLAlchemyError) -> str:
-    """Return the first line of a database's error, without statement and parameters."""
-    cause = getattr(error, "orig", None) or error
-    return f"The database: {(str(cause).strip() or type(cause).__name__).splitlines()[0]}"
-
-
-def _key_status(row: KeyRow) -> KeyStatus:
-    return KeyStatus(
-        key_id=row.key_id or "",
-        state=row.state.value,
-        provider=row.provider or "",
-        master_key=row.master_key or "",
-        created_at=None if row.created_at is None else as_utc(row.created_at),
-        since=None if row.updated_at is None else as_utc(row.updated_at),
-    )

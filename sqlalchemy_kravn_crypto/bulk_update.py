@@ -38,6 +38,7 @@ _BOUNDS: Final = text(
 _LOCK_NOT_AVAILABLE: Final = "55P03"
 _DEADLOCK_DETECTED: Final = "40P01"
 _PLACES: Final = ("before_at", "before_size", "after_at", "after_size")
+_PREFIX: Final = "kravn_"  # of the names of parameters, since one must not be that of a column
 
 
 class BulkUpdate:
@@ -51,8 +52,8 @@ class BulkUpdate:
         self._table, self._value, self._keys = table, value, keys
         # That the rows are within the range of the batch follows from their keys; said, it keeps any plan to the range.
         self._within = (
-            keys.after(keys.parameters("first"), or_at=True),
-            keys.before(keys.parameters("last"), or_at=True),
+            keys.after(keys.parameters(f"{_PREFIX}first"), or_at=True),
+            keys.before(keys.parameters(f"{_PREFIX}last"), or_at=True),
         )
         self._of_all = self._update_all()
 
@@ -121,7 +122,7 @@ class BulkUpdate:
         return func.unnest(*arrays).table_valued(*columns, name="new").render_derived()
 
     def _taken(self, new: Any, name: str) -> Any:
-        values = bindparam(name, type_=LargeBinary())
+        values = bindparam(_PREFIX + name, type_=LargeBinary())
         part = func.substring(values, new.c[f"{name}_at"], new.c[f"{name}_size"], type_=LargeBinary())
         if isinstance(self._value.type, Text):
             # Cut as bytes, since to find a character the server would count all before it.
@@ -131,15 +132,15 @@ class BulkUpdate:
     # --- The parameters ----------------------------------------------------------------------------------------------
 
     def _parameters(self, keys: Sequence[Key], before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
-        parameters = self._keys.named("first", keys[0]) | self._keys.named("last", keys[-1])
+        parameters = self._keys.named(f"{_PREFIX}first", keys[0]) | self._keys.named(f"{_PREFIX}last", keys[-1])
         for place, key in enumerate(self._keys.columns):
-            parameters[f"key_{place}"] = _listed([values[place] for values in keys], key.type)
+            parameters[f"{_PREFIX}key_{place}"] = _listed([values[place] for values in keys], key.type)
         for name, values in (("before", before), ("after", after)):
             stored = [one.encode() for one in values] if isinstance(self._value.type, Text) else values
             sizes = [len(one) for one in stored]
-            parameters[name] = b"".join(stored)
-            parameters[f"{name}_size"] = _listed(sizes, Integer())
-            parameters[f"{name}_at"] = _listed(list(accumulate(sizes[:-1], initial=1)), Integer())
+            parameters[_PREFIX + name] = b"".join(stored)
+            parameters[f"{_PREFIX}{name}_size"] = _listed(sizes, Integer())
+            parameters[f"{_PREFIX}{name}_at"] = _listed(list(accumulate(sizes[:-1], initial=1)), Integer())
         return parameters
 
 
@@ -150,8 +151,8 @@ def _same_key(columns: Iterable[Any], table: Any) -> list[ColumnElement[bool]]:
 def _array(name: str, type_: Any) -> Any:
     """Return a parameter that is an array; one of integers is written here, since the driver takes long over it."""
     if isinstance(type_, Integer):
-        return cast(bindparam(name, type_=Text()), ARRAY(type_))
-    return bindparam(name, type_=ARRAY(type_))
+        return cast(bindparam(_PREFIX + name, type_=Text()), ARRAY(type_))
+    return bindparam(_PREFIX + name, type_=ARRAY(type_))
 
 
 def _listed(values: Sequence[Any], type_: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, cast, func, literal, not_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, cast, func, literal, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import LargeBinary
 
@@ -132,7 +132,7 @@ def _count(connection: Connection, column: Located, key_ids: Sequence[str]) -> C
     legacy: Counter[str] = Counter()
     unrecognised = 0
     if keys.total() != values:
-        for start, found in connection.execute(_starts_of_others(column, under), execution_options=OWN_TABLES):
+        for start, found in connection.execute(_starts_of_others(column, key_ids), execution_options=OWN_TABLES):
             key_id = key_id_of_text_start(start) if isinstance(start, str) else key_id_of_start(bytes(start))
             prefix = start if isinstance(start, str) else bytes(start).decode("latin-1")
             if key_id is not None:
@@ -144,7 +144,7 @@ def _count(connection: Connection, column: Located, key_ids: Sequence[str]) -> C
     return ColumnCensus(column.known, dict(+keys), rows - values, dict(legacy), unrecognised)
 
 
-def _starts_of_others(column: Located, under: Sequence[ColumnElement[bool]]) -> Select[Any]:
+def _starts_of_others(column: Located, key_ids: Sequence[str]) -> Select[Any]:
     """Return the query for how the values begin that are under no known key, and how many begin so.
 
     The database itself brings together what is no frame, or a column of plaintext would give a row for each value.
@@ -156,7 +156,7 @@ def _starts_of_others(column: Located, under: Sequence[ColumnElement[bool]]) -> 
     start: ColumnElement[Any] = first_part if is_text else cast(first_part, LargeBinary())
     begins = (
         select(start.label("start"), func.count().label("count"))
-        .where(column.value.is_not(None), *(not_(one) for one in under))
+        .where(column.value.is_not(None), *map(column.not_under, key_ids))
         .group_by(start)
         .subquery()
     )

@@ -121,6 +121,11 @@ def extend_lease(until: float) -> None:
     _process.writable_until = max(_process.writable_until, until)
 
 
+def end_lease() -> None:
+    """Let the keyring of the whole process encrypt nothing more, until its lease is extended."""
+    _process.writable_until = -math.inf
+
+
 @contextmanager
 def use_keyring(keyring: Keyring) -> Iterator[Keyring]:
     """Use another keyring within a ``with`` block, in this thread or asynchronous task only; for tests.

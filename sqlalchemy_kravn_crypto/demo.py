@@ -12,10 +12,11 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from .boot import configure, reset, status
+from .boot import configure, reset
 from .exceptions import DecryptionError
 from .migrate import migrate
 from .settings import Provider, Settings
+from .status import status
 from .types import EncryptedJSON
 
 _CREDENTIALS = {"user": "reporting", "token": "s3cr3t-t0k3n", "scopes": ["read", "export"]}

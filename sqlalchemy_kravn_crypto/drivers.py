@@ -65,4 +65,5 @@ def waiting_briefly(connection: Connection, milliseconds: int) -> Iterator[None]
     try:
         yield
     finally:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")
+        if not connection.invalidated:  # by an interrupt, which must not become another error
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")

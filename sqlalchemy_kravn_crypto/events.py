@@ -134,25 +134,38 @@ def read_events(connection: Connection, newest_hash: str | None) -> list[Event]:
     :param newest_hash: the hash in the control row.
     :raises AuditTrailError: if an event was altered, left out or added.
     """
-    events = []
+    found: list[dict[str, Any]] = []
     expected_hash, expected_id = _GENESIS, 1
     for values in _rows(connection):
         if values["id"] != expected_id or values["previous_hash"] != expected_hash:
             raise _broken(f"event {expected_id} is missing, or another stands in its place")
         if values["hash"] != hash_of(values):
             raise _broken(f"event {expected_id} was altered")
-        details = json.loads(values["details"]) if values["details"] else {}
-        events.append(Event(**(values | {"details": details})))
+        found.append(values)
         expected_hash, expected_id = values["hash"], expected_id + 1
-    if (events[-1].hash if events else None) != newest_hash:
+    if (found[-1]["hash"] if found else None) != newest_hash:
         raise _broken("its end is not the one that kms_keys names")
-    return events
+    # Only now: the hashes have no key, so up to here the details may be anybody's.
+    return [_event(values) for values in found]
+
+
+def _event(values: dict[str, Any]) -> Event:
+    details = json.loads(values["details"]) if values["details"] else {}
+    return Event(**(values | {"details": details}))
 
 
 def _rows(connection: Connection) -> Iterator[dict[str, Any]]:
     statement = select(_EVENTS).order_by(_EVENTS.c.id)
-    for row in connection.execute(statement, execution_options=OWN_TABLES).mappings():
-        yield dict(row) | {"occurred_at": as_utc(row["occurred_at"])}
+    found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
+    is_malformed = False
+    try:
+        rows = [dict(row) for row in found]
+    except ValueError:  # on SQLite a time may be any text
+        is_malformed = True
+    if is_malformed:
+        raise _broken("the time of an event is none")
+    for row in rows:
+        yield row | {"occurred_at": as_utc(row["occurred_at"])}
 
 
 def _time(moment: datetime) -> str:

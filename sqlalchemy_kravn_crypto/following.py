@@ -57,14 +57,18 @@ def follow(engine: Engine, key_store: Engine | None = None) -> None:
 
     :param key_store: the engine of the database that holds the key store, where it is not this one.
     """
+    engine = _itself(engine)
     is_new = engine not in _followed
     _followed[engine] = key_store
     if not is_new:
         return
 
-    # Before the listeners of others, who may begin a transaction that our commit would end.
-    event.listen(engine, "begin", _begun, insert=True)
-    event.listen(engine, "begin_twophase", _begun, insert=True)
+    dispatch: Any = engine.dispatch
+    for name in ("begin", "begin_twophase"):
+        event.listen(engine, name, _begun)
+        # Before the listeners of others, who may begin a transaction that our commit would end. For the events of
+        # engines, SQLAlchemy ignores insert=True.
+        getattr(dispatch, name).listeners.rotate()
     event.listen(engine, "before_execute", _executing)
     event.listen(engine, "before_cursor_execute", _sending)
     event.listen(engine, "after_cursor_execute", _executed)
@@ -104,10 +108,15 @@ def _rolled_back_to_savepoint(connection: Connection, *_: Any) -> None:
 
 def _elsewhere(connection: Connection) -> Engine | None:
     """Return the engine of the key store where it is not the connection's own."""
-    engine: Any = connection.engine
-    while hasattr(engine, "_proxied"):  # what Engine.execution_options() returns
+    return _followed.get(_itself(connection.engine))
+
+
+def _itself(engine: Any) -> Engine:
+    """Return the engine behind one that Engine.execution_options() returned."""
+    while hasattr(engine, "_proxied"):
         engine = engine._proxied  # noqa: SLF001 - there is no public name
-    return _followed.get(engine)
+    found: Engine = engine
+    return found
 
 
 def _leave(watch: Watch, engine: Engine) -> None:
@@ -130,6 +139,7 @@ def _leave(watch: Watch, engine: Engine) -> None:
 
 def _run_async(apart: Engine, leave: Any) -> None:
     import asyncio  # noqa: PLC0415 - synchronous programs do without
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - as above
 
     from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - as above
 
@@ -137,7 +147,16 @@ def _run_async(apart: Engine, leave: Any) -> None:
         await greenlet_spawn(leave)
         await greenlet_spawn(apart.dispose)
 
-    asyncio.run(run())
+    def run_apart() -> None:
+        asyncio.run(run())
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        run_apart()
+    else:  # within a loop there can be no other, but in a thread of its own
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(run_apart).result()
 
 
 def _after_fork() -> None:

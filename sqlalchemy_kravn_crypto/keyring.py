@@ -96,6 +96,14 @@ class Keyring(KeepsSecret):
         """Return one of the data keys by its key id, 16 hexadecimal characters."""
         return next((key for key in self._keys.values() if key.key_id.hex() == key_id), None)
 
+    def keeping(self, earlier: Keyring) -> Keyring:
+        """Return a keyring that also decrypts what is under data keys of an earlier one that nobody loads any more."""
+        gone = self._disabled | self._destroyed
+        kept = [key for key_id, key in earlier._keys.items() if key_id.hex() in gone]
+        if not kept:
+            return self
+        return Keyring(self._primary, [*kept, *self._keys.values()], disabled=self._disabled, destroyed=self._destroyed)
+
     def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload under the primary, with a fresh random nonce.
 

@@ -522,9 +522,9 @@ def live_keys(rows: StoredRows) -> list[KeyRow]:
 
 
 def _newly_retired(before: StoredRows, after: StoredRows) -> str | None:
-    primary = before.in_state(State.PRIMARY)
-    retired = None if primary is None else after.key(primary.required("key_id"))
-    return retired.key_id if retired is not None and retired.state is State.RETIRED else None
+    """Return the key that is retired from now on: the primary of before, or a bootstrap key that never was one."""
+    retired = (row.required("key_id") for row in after.keys if row.state is State.RETIRED and row not in before.keys)
+    return next(retired, None)
 
 
 def _key_ids(rows: StoredRows, state: State) -> list[str]:

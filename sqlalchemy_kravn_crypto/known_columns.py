@@ -15,14 +15,17 @@ from sqlalchemy import (
     ColumnClause,
     ColumnElement,
     Connection,
+    Function,
     MetaData,
     TableClause,
+    and_,
     column,
     delete,
     func,
     inspect,
     select,
     table,
+    text,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import NoSuchTableError
@@ -36,7 +39,12 @@ from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
 
 _COLUMNS: Final = TABLES.columns
-_ON_UPDATE: Final = "on update"
+
+# Reflection has it only for columns that have a default as well.
+_ON_UPDATE: Final = text(
+    "SELECT column_name FROM information_schema.columns WHERE table_schema = coalesce(:schema, database()) "
+    "AND table_name = :table AND extra LIKE '%on update%' ORDER BY ordinal_position"
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -232,13 +240,26 @@ class Located:
     kept: tuple[ColumnClause[Any], ...] = ()
 
     def under(self, key_id: str) -> ColumnElement[bool]:
-        """Return the condition that the value is under a data key; for NULL it is neither true nor false.
+        """Return the condition that the value is under a data key.
 
         In text storage the last 2 of the 64 bits of the key id are not looked at.
         """
+        start, prefix = self._start(key_id)
+        equal: ColumnElement[bool] = start == prefix
+        return equal
+
+    def not_under(self, key_id: str) -> ColumnElement[bool]:
+        """Return the condition that there is a value, and that it is not under a data key."""
+        start, prefix = self._start(key_id)
+        # On SQLite the start of no bytes at all is NULL.
+        return and_(self.value.is_not(None), start.is_distinct_from(prefix))
+
+    def _start(self, key_id: str) -> tuple[Function[Any], Any]:
+        """Return how the value begins, and how those under a data key do."""
         if self.known.storage == TEXT:
-            return func.substr(self.value, 1, TEXT_KEY_PREFIX_SIZE, type_=self.value.type) == text_key_prefix(key_id)
-        return func.substr(self.value, 1, KEY_PREFIX_SIZE, type_=self.value.type) == key_prefix(key_id)
+            size, prefix = TEXT_KEY_PREFIX_SIZE, text_key_prefix(key_id)
+            return func.substr(self.value, 1, size, type_=self.value.type), prefix
+        return func.substr(self.value, 1, KEY_PREFIX_SIZE, type_=self.value.type), key_prefix(key_id)
 
 
 def located(connection: Connection, known: KnownColumn) -> Located:
@@ -265,8 +286,19 @@ def located(connection: Connection, known: KnownColumn) -> Located:
         )
     stored: TypeEngine[Any] = Text() if known.storage == TEXT else LargeBinary()
     value: ColumnClause[Any] = column(known.column, stored)
-    keys = tuple(column(name, present[name]["type"]) for name in key)
-    # Only MySQL and MariaDB change a column by themselves; reflection gives it with the default.
-    changing = [name for name, found in present.items() if _ON_UPDATE in str(found.get("default") or "").lower()]
-    kept = tuple(column(name, NULLTYPE) for name in changing if name != known.column)
+    keys = tuple(column(name, _without_domain(present[name]["type"])) for name in key)
+    kept = tuple(column(name, NULLTYPE) for name in _changed_by_itself(connection, known) if name != known.column)
     return Located(known, table(known.table, value, *keys, *kept, schema=schema), value, keys, kept)
+
+
+def _without_domain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    """Return the type that a domain of PostgreSQL is of, or the type."""
+    return type_.data_type if isinstance(type_, postgresql.DOMAIN) else type_
+
+
+def _changed_by_itself(connection: Connection, known: KnownColumn) -> list[str]:
+    """Return the columns of the table that the database changes with every UPDATE, as MySQL and MariaDB do."""
+    if connection.dialect.name not in {"mysql", "mariadb"}:
+        return []
+    parameters = {"schema": known.schema or None, "table": known.table}
+    return list(connection.scalars(_ON_UPDATE, parameters))

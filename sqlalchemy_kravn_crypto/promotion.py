@@ -61,7 +61,8 @@ def older_than(seconds: float) -> Readiness:
     def check(change: Change, pending: KeyRow) -> None:
         if pending.created_at is None:
             raise WrongStateError(f"It is not on record since when data key {pending.key_id} is pending.")
-        age = read_database_time(change.connection) - as_utc(pending.created_at)
+        # Not less than none: the database's time is read to the second below, and the row's may be more precise.
+        age = max(read_database_time(change.connection) - as_utc(pending.created_at), timedelta())
         left = (timedelta(seconds=seconds) - age).total_seconds()
         if left > 0:
             raise TooEarlyError(

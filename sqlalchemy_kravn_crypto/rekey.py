@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, or_, select
 
 from .census import Census, Unreachable, census
 from .clock import Clock, process_clock
@@ -157,7 +157,7 @@ def rekey(  # noqa: PLR0913 - as above
     pace = Pace(batch_size, max_rows_per_second, clock, sleep)
     with connect(engine) as connection:
         worker = Worker(_prepared(connection), keyring, pace, on_progress)
-        reachable, unreachable = _reachable(connection, columns)
+        reachable, unreachable = reachable_columns(connection, columns)
         if shard is not None:
             return _rekey_share(worker, reachable, unreachable, shards, shard)
         counts = Counts()
@@ -209,8 +209,12 @@ def _prepared(connection: Connection) -> Connection:
 def _planned(connection: Connection, columns: Sequence[KnownColumn], keyring: Keyring, shards: int) -> list[Shard]:
     key_id = keyring.primary_key_id
     keys = TABLES.keys.c
-    statement = select(keys.key_id).where(keys.state == State.PRIMARY.value)
-    on_record = connection.execute(statement, execution_options=OWN_TABLES).scalar()
+    # While a primary is closing, everybody already encrypts under its successor.
+    is_successor = keys.closing.is_not(None)
+    statement = (
+        select(keys.key_id).where(or_(keys.state == State.PRIMARY.value, is_successor)).order_by(is_successor.desc())
+    )
+    on_record = connection.execute(statement, execution_options=OWN_TABLES).scalars().first()
     if on_record not in {None, key_id}:
         raise OutdatedKeyringError(
             f"Values would be moved to data key {key_id}, but the primary on record is {on_record}. Start this process "
@@ -228,7 +232,10 @@ def _planned(connection: Connection, columns: Sequence[KnownColumn], keyring: Ke
     return planned
 
 
-def _reachable(connection: Connection, columns: Sequence[KnownColumn]) -> tuple[list[KnownColumn], list[Unreachable]]:
+def reachable_columns(
+    connection: Connection, columns: Sequence[KnownColumn]
+) -> tuple[list[KnownColumn], list[Unreachable]]:
+    """Divide columns into those that are there and can be walked through, and the others."""
     reachable: list[KnownColumn] = []
     unreachable: list[Unreachable] = []
     for column in columns:

@@ -6,17 +6,20 @@ import math
 import os
 import socket
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from .clock import as_utc, database_now
+from .exceptions import MalformedRowError
 from .rows import OWN_TABLES
 from .schema import TABLES
+
+T = TypeVar("T")
 
 _REPLICAS: Final = TABLES.replicas
 
@@ -92,9 +95,13 @@ def leave(connection: Connection, replica_id: str) -> None:
 
 
 def read_replicas(connection: Connection) -> list[Replica]:
-    """Return every process that has a row, whether alive or not."""
+    """Return every process that has a row, whether alive or not.
+
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
     statement = select(_REPLICAS, database_now().label("now")).order_by(_REPLICAS.c.started_at, _REPLICAS.c.replica_id)
-    return [_replica(dict(row)) for row in connection.execute(statement, execution_options=OWN_TABLES).mappings()]
+    found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
+    return _each(found, lambda row: _replica(dict(row)))
 
 
 def live_replicas(connection: Connection) -> list[Replica]:
@@ -103,18 +110,30 @@ def live_replicas(connection: Connection) -> list[Replica]:
 
 
 def forget_dead(connection: Connection, age: timedelta) -> int:
-    """Delete the rows of processes that ended without taking theirs away, and said nothing for so long."""
-    dead = [
-        row.replica_id
-        for row in connection.execute(
-            select(_REPLICAS.c.replica_id, _REPLICAS.c.seen_at, database_now().label("now")),
-            execution_options=OWN_TABLES,
-        )
-        if as_utc(row.now) - as_utc(row.seen_at) > age
-    ]
+    """Delete the rows of processes that ended without taking theirs away, and said nothing for so long.
+
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
+    statement = select(_REPLICAS.c.replica_id, _REPLICAS.c.seen_at, database_now().label("now"))
+    silent_for = _each(
+        connection.execute(statement, execution_options=OWN_TABLES),
+        lambda row: (row.replica_id, as_utc(row.now) - as_utc(row.seen_at)),
+    )
+    dead = [replica_id for replica_id, silence in silent_for if silence > age]
     if dead:
         connection.execute(delete(_REPLICAS).where(_REPLICAS.c.replica_id.in_(dead)), execution_options=OWN_TABLES)
     return len(dead)
+
+
+def _each(rows: Iterable[Any], take: Callable[[Any], T]) -> list[T]:
+    try:
+        return [take(row) for row in rows]
+    except (ArithmeticError, AttributeError, TypeError, ValueError):  # SQLite keeps any value in any column
+        pass
+    raise MalformedRowError(
+        "A row of kms_replicas is not one that this library writes. Find out who writes to the table, and clear it with"
+        " DELETE FROM kms_replicas; then wait for a lease, in which every process leaves its row again."
+    )
 
 
 def _replica(row: dict[str, Any]) -> Replica:

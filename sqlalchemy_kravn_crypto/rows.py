@@ -267,7 +267,13 @@ def select_rows(connection: Connection) -> StoredRows:
 
     :raises MalformedRowError: if a row is not one that this library writes.
     """
-    found = connection.execute(select(_KEYS).order_by(_KEYS.c.id), execution_options=OWN_TABLES).mappings().all()
+    result = connection.execute(select(_KEYS).order_by(_KEYS.c.id), execution_options=OWN_TABLES).mappings()
+    try:
+        found = result.all()
+    except (TypeError, ValueError):  # on SQLite a time may be anything
+        found = None
+    if found is None:
+        raise MalformedRowError("A time in kms_keys is none. Restore the table from a backup.")
     rows = tuple(_key_row(dict(row)) for row in found)
     control = next((row for row in rows if row.id == CONTROL_ROW_ID), None)
     keys = tuple(row for row in rows if row.id != CONTROL_ROW_ID)
@@ -281,6 +287,10 @@ def _key_row(values: dict[str, Any]) -> KeyRow:
         raise MalformedRowError(
             f"Row {values['id']} of kms_keys is in a state that this release does not know. Upgrade to the release "
             "that wrote it, or restore the table from a backup."
+        )
+    if not isinstance(values["epoch"], int | None):  # SQLite keeps any value in any column
+        raise MalformedRowError(
+            f"Row {values['id']} of kms_keys has an epoch that is no number. Restore the table from a backup."
         )
     return KeyRow(**(values | {"state": State(values["state"])}))
 
@@ -369,7 +379,8 @@ def _lock_mysql(connection: Connection, deployment_id: str, wait: float) -> None
     try:
         _lock_control_row(connection, deployment_id)
     finally:
-        connection.execute(text("SET SESSION innodb_lock_wait_timeout = :wait"), {"wait": before})
+        if not connection.invalidated:  # by an interrupt, which must not become another error
+            connection.execute(text("SET SESSION innodb_lock_wait_timeout = :wait"), {"wait": before})
 
 
 def _lock_control_row(connection: Connection, deployment_id: str) -> None:
@@ -394,7 +405,8 @@ def _lock_sqlite(connection: Connection, deployment_id: str, wait: float) -> Non
         else:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")
+        if not connection.invalidated:  # by an interrupt, which must not become another error
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")
     if connection.execute(select(_KEYS.c.id).where(_KEYS.c.id == CONTROL_ROW_ID)).first() is None:
         _insert_control_row(connection, deployment_id)
 

@@ -21,7 +21,7 @@ from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from .changes import changing_on
 from .clock import Clock, process_clock
 from .columns import is_registered
-from .context import extend_lease, publish, replace_keyring
+from .context import end_lease, extend_lease, publish, replace_keyring
 from .drivers import blocking_for, is_autocommit, is_idle, waiting_briefly
 from .exceptions import KravnCryptoError, LeaseExpiredError, UnsupportedOperationError
 from .keyring import Keyring
@@ -60,6 +60,9 @@ _ATTEMPTS: Final = 3
 
 _FENCED: Final = "kravn_crypto_fenced"
 """In ``Connection.info``: that the transaction in progress holds the lock on the primary."""
+
+_LOOKED: Final = "kravn_crypto_looked"
+"""In ``Connection.info``: that another look within this transaction would see nothing new, or is in progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,7 @@ class Watch(KeepsSecret):
         self._recorded: set[KnownColumn] = set()
         self._said: set[str] = set()
         self._retry_at = -math.inf
+        self._is_orphaned = False  # whether the primary is not on record, after a backup of the key store was restored
         self._looked_at = clock() if opened_at is None else opened_at
         self._begin_anew()
         publish(
@@ -120,7 +124,8 @@ class Watch(KeepsSecret):
         self.replica_id = new_replica_id()
         self.has_beaten = False
         self._is_to_beat = True
-        self._due = -math.inf
+        self._due = self._due_between = -math.inf
+        self._taken_for_dead_at = math.inf
 
     def after_fork(self) -> None:
         """Be another process than the one that was forked."""
@@ -140,7 +145,9 @@ class Watch(KeepsSecret):
     def begun(self, connection: Connection) -> None:
         """Look, at the beginning of a transaction."""
         connection.info.pop(_FENCED, None)
-        if self.is_due or self._is_to_beat:
+        connection.info[_LOOKED] = True
+        # Looks within long transactions leave no heartbeat, and may see old snapshots, so they do not count here.
+        if self.is_due or self._is_to_beat or self._clock() >= self._due_between:
             idle = is_idle(connection)
             if idle:
                 self._single_flight(lambda: self._look_between_transactions(connection))
@@ -155,6 +162,7 @@ class Watch(KeepsSecret):
                 )
                 # An error here is met again by the statement that the transaction begins with.
                 self._single_flight(lambda: self._look_quietly(connection))
+        connection.info.pop(_LOOKED, None)
 
     def executing(self, connection: Connection, statement: Any) -> None:
         """Look, before values are encrypted for a statement; and lock the primary where there is a fence."""
@@ -186,8 +194,20 @@ class Watch(KeepsSecret):
         For a process that was stopped in between, the key may be new although the transaction is old.
         """
         # The rows of a server-side cursor are still on their way, and some drivers can ask nothing else meanwhile.
-        if self.is_due and context is not None and context.compiled is not None and not context._is_server_side:  # noqa: SLF001 - there is no public name
+        if context is None or context.compiled is None or context._is_server_side:  # noqa: SLF001 - there is no public name
+            return
+        if context.cursor.description is not None and self._is_taken_for_dead(connection):
+            # Not in single flight: with the keys that are there, values may not be readable before the look is over.
+            self._look_within_transaction(connection)
+        elif self.is_due:
             self._single_flight(lambda: self._look_within_transaction(connection))
+
+    def _is_taken_for_dead(self, connection: Connection) -> bool:
+        """Tell whether a key may have become primary that this process was not waited for to hold.
+
+        In a transaction that is longer than the lease, since no heartbeat is left meanwhile; or after it was stopped.
+        """
+        return self._clock() >= self._taken_for_dead_at and not connection.info.get(_LOOKED)
 
     def _single_flight(self, look: Callable[[], None]) -> None:
         # Who comes while another looks goes on with the keys that are there; our own statements come here, too.
@@ -202,12 +222,18 @@ class Watch(KeepsSecret):
 
     def _look_between_transactions(self, connection: Connection) -> None:
         """Look, and leave a heartbeat, in transactions of our own before the one that is beginning."""
+        self._due_between = self._clock() + self._settings.interval
         looked = self._apart(connection, "look", lambda: self._look(connection, is_fresh=True))
         if not looked:
+            self._taken_for_dead_at = math.inf  # nor is it looked with every statement, which would fail for it
             return
+        if self._keyring is not self._opened.keyring:
+            self._publish(self._opened.rows.epoch, self._opened.keyring)
         self._is_to_beat = False
         with waiting_briefly(connection, _BRIEFLY):
-            self.has_beaten = self._apart(connection, "heartbeat", lambda: self._beat(connection)) or self.has_beaten
+            started = self._clock()
+            if self._apart(connection, "heartbeat", lambda: self._beat(connection)):
+                self.has_beaten, self._taken_for_dead_at = True, started + self._settings.lease
             new = [column for column in declared(None) if column not in self._recorded]
             if new and self._apart(connection, "columns", lambda: record(connection, new)):
                 self._recorded.update(new)
@@ -234,8 +260,11 @@ class Watch(KeepsSecret):
 
     def _look_within_transaction(self, connection: Connection) -> None:
         """Look, and nothing else; an error of the database is the transaction's own."""
+        is_fresh = _sees_commits(connection)
+        connection.info[_LOOKED] = True  # after an error, too: the KMS is not asked with every statement
         try:
-            self._look(connection, is_fresh=_sees_commits(connection))
+            self._look(connection, is_fresh=is_fresh, keeps=True)
+            connection.info[_LOOKED] = not is_fresh
         except KravnCryptoError as error:
             self._warn_once("look", "%s of the key store failed and is tried again: %s", "look", str(error))
 
@@ -248,29 +277,38 @@ class Watch(KeepsSecret):
         if failure is not None:
             self._warn_once("look", "%s of the key store failed and is tried again: %s", "look", failure)
 
-    def _look(self, connection: Connection, *, is_fresh: bool) -> None:
+    def _look(self, connection: Connection, *, is_fresh: bool, keeps: bool = False) -> None:
         """See whether the epoch is still the one that is known, and take in what has changed.
 
         :param is_fresh: whether what is seen is the newest; an old snapshot confirms nothing.
+        :param keeps: whether keys that nobody loads any more are kept until the next look between transactions: what
+            a statement of this transaction has returned may be under them, for a process that was stopped meanwhile.
         """
         known, started = self._opened, self._clock()
         self._looked_at = started
         epoch = connection.execute(_EPOCH, execution_options=OWN_TABLES).scalar()
         is_to_retry = known.missing and started >= self._retry_at
+        self._is_orphaned = self._is_orphaned and epoch != known.rows.epoch
         if epoch != known.rows.epoch or is_to_retry:
-            if not is_fresh and (epoch is None or epoch < known.rows.epoch):
+            # Within a transaction also on SQLite, whose snapshot may be older than what another thread has seen.
+            if (keeps or not is_fresh) and (epoch is None or epoch < known.rows.epoch):
                 return
-            self._take_in(self._store.reopen(select_rows(connection), known, blocking=blocking_for(connection)))
+            rows = select_rows(connection)
+            if not keeps:  # within a transaction, what is seen may be old
+                self._is_orphaned = rows.key(self._keyring.primary_key_id) is None
+            if self._is_orphaned:
+                end_lease()  # nobody else could ever read what is encrypted from now on
+            self._take_in(self._store.reopen(rows, known, blocking=blocking_for(connection)), keeps=keeps)
         if is_fresh:
             extend_lease(started + self._settings.lease)
 
-    def _take_in(self, opened: Opened) -> None:
+    def _take_in(self, opened: Opened, *, keeps: bool) -> None:
         if opened.missing:
             self._retry_at = self._clock() + _RETRY
         with self._publishing:
             if opened.rows.epoch >= self._opened.rows.epoch:
                 self._opened = opened
-        self._publish(opened.rows.epoch, opened.keyring)
+        self._publish(opened.rows.epoch, opened.keyring.keeping(self._keyring) if keeps else opened.keyring)
 
     def _publish(self, epoch: int, keyring: Keyring) -> None:
         """Make a keyring the process's, unless it already has one of a later epoch."""
@@ -336,17 +374,14 @@ class Watch(KeepsSecret):
         if connection.info.get(_FENCED):
             return
         if is_autocommit(connection):
-            raise UnsupportedOperationError(
-                "With KRAVN_FENCE=transaction, encrypted values are not written in AUTOCOMMIT: the lock on the primary "
-                "would be gone before the values are there. Use a transaction."
-            )
+            raise _in_autocommit()
         started = self._clock()
         epoch, key_id = self._writers_key(connection)
         if key_id != self._keyring.primary_key_id:
             # Only rows that were verified say which key is the primary; what was just read was not.
             self._look_within_transaction(connection)
         # Of a later epoch than was read, whatever is the primary will do: all hold it, and it is not retired yet.
-        if key_id != self._keyring.primary_key_id and epoch >= self._epoch:
+        if key_id != self._keyring.primary_key_id and (epoch >= self._epoch or self._is_orphaned):
             raise LeaseExpiredError(
                 f"Nothing is encrypted: data key {key_id} is the primary, and this process does not hold it. Look in "
                 "the log for why it could not be taken in; if there is nothing, begin a new transaction."
@@ -362,10 +397,16 @@ class Watch(KeepsSecret):
         if connection.dialect.name == "sqlite":
             # It has one lock, which the statement is about to take anyway.
             connection.execute(_TOUCH, execution_options=OWN_TABLES)
+            if is_idle(connection):  # its driver tells so only after the first statement that writes
+                raise _in_autocommit()
         for _ in range(_ATTEMPTS):
             epoch = connection.execute(_EPOCH, execution_options=OWN_TABLES).scalar()
             successor = connection.execute(_SUCCESSOR, execution_options=OWN_TABLES).scalar()
             key_id = successor or connection.execute(_LOCKED_PRIMARY, execution_options=OWN_TABLES).scalar()
+            if successor and connection.dialect.name == "postgresql":
+                # Without a lock it would have no transaction id yet, and not be waited for if the next primary should
+                # be retired and disabled before it has written.
+                connection.exec_driver_sql("SELECT pg_current_xact_id()")
             # Who waited for a promotion finds that the row that was waited for is no longer the primary's.
             if epoch is not None and key_id is not None:
                 return epoch, key_id
@@ -382,6 +423,13 @@ class Watch(KeepsSecret):
         """Take the heartbeat away; the caller commits."""
         leave(connection, self.replica_id)
         self.has_beaten = False
+
+
+def _in_autocommit() -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        "With KRAVN_FENCE=transaction, encrypted values are not written in AUTOCOMMIT: the lock on the primary would "
+        "be gone before the values are there. Use a transaction."
+    )
 
 
 def _sees_commits(connection: Connection) -> bool:

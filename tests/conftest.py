@@ -5,7 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["tests.fixtures_postgres", "tests.fixtures_mariadb", "tests.fixtures_kms"]
+pytest_plugins = [
+    "tests.fixtures_postgres",
+    "tests.fixtures_mariadb",
+    "tests.fixtures_kms",
+    "tests.fixtures_deployment",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -156,7 +156,8 @@ def _initialise(home: Path, user: dict[str, Any]) -> None:
         "--auth-root-authentication-method=normal",
         "--skip-test-db",
     ]
-    _run(command, cwd=home, timeout=_START_TIMEOUT, **user)
+    # Servers that are set up at once would otherwise give their temporary tables the same names in one directory.
+    _run(command, cwd=home, env={**os.environ, "TMPDIR": str(home)}, timeout=_START_TIMEOUT, **user)
 
 
 def _run(command: list[str], **how: Any) -> None:

@@ -48,6 +48,7 @@ _CONFIGURATION: Final = {
     "fsync": "off",
     "full_page_writes": "off",
     "max_connections": "200",
+    "max_prepared_transactions": "5",
     "synchronous_commit": "off",
 }
 _INITDB: Final = (

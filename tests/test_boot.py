@@ -31,12 +31,13 @@ from sqlalchemy_kravn_crypto import (
     use_keyring,
 )
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto.boot import provision, set_aside, status
+from sqlalchemy_kravn_crypto.boot import provision, set_aside
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.migrate import migrate
 from sqlalchemy_kravn_crypto.providers.azure import AzureProvider
 from sqlalchemy_kravn_crypto.settings import Settings
+from sqlalchemy_kravn_crypto.status import status
 from sqlalchemy_kravn_crypto.testing import FakeKMS
 from tests.azure_server import AzureVault
 from tests.fixtures_postgres import asynchronous

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
+from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret, BootstrapSecrets
 from sqlalchemy_kravn_crypto.exceptions import SecretFileError
 from tests import reference
 from tests.leaks import leaked, spellings
@@ -287,3 +287,51 @@ def test_cannot_be_pickled_or_copied(path: Path, operation: Callable[[Any], Any]
     read = BootstrapSecret.from_file(written(path, ROOT.hex().encode()))
     with pytest.raises(TypeError, match="holds a secret and cannot be pickled or copied"):
         operation(read)
+
+
+# --- All secrets of a process -----------------------------------------------------------------------------------------
+
+
+def test_without_a_secret_the_file_is_the_current_one(path: Path) -> None:
+    assert BootstrapSecrets.gather(None, path) == BootstrapSecrets(None)
+    file = BootstrapSecret.from_file(written(path, ROOT.hex().encode()))
+    assert BootstrapSecrets.gather(None, path) == BootstrapSecrets(file)
+    assert BootstrapSecrets.gather(None, path, with_file=True) == BootstrapSecrets(file)
+
+
+def test_beside_a_secret_the_file_is_read_where_it_is_needed_and_only_decrypts(path: Path) -> None:
+    file = BootstrapSecret.from_file(written(path, ROOT.hex().encode()))
+    assert file is not None
+    current = BootstrapSecret.from_secret(SECRET)
+    assert BootstrapSecrets.gather(SECRET, path) == BootstrapSecrets(current)
+    gathered = BootstrapSecrets.gather(SECRET, path, with_file=True)
+    assert gathered == BootstrapSecrets(current, retired=(file,))
+    assert gathered.verifying == (current,)
+    assert gathered.all == (current, file)
+    path.unlink()
+    assert BootstrapSecrets.gather(SECRET, path, with_file=True) == BootstrapSecrets(current)
+
+
+def test_a_file_that_is_not_needed_is_not_looked_at(path: Path) -> None:
+    written(path, b"no key", mode=0o644)
+    assert BootstrapSecrets.gather(SECRET, path).retired == ()
+    with pytest.raises(SecretFileError):
+        BootstrapSecrets.gather(SECRET, path, with_file=True)
+
+
+def test_the_next_verifies_and_the_retired_do_not(path: Path) -> None:
+    current, following, *retired = (BootstrapSecret.from_secret(SECRET + end) for end in ("", "n", "1", "2"))
+    gathered = BootstrapSecrets.gather(SECRET, path, next_secret=SECRET + "n", retired=(SECRET + "1", SECRET + "2"))
+    assert gathered == BootstrapSecrets(current, following, tuple(retired))
+    assert gathered.verifying == (current, following)
+    assert gathered.all == (current, following, *retired)
+
+
+@pytest.mark.parametrize("operation", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_all_of_them_are_kept_in_this_process(path: Path, operation: Callable[[Any], Any]) -> None:
+    one = BootstrapSecret._from_root("file", ROOT)
+    gathered = BootstrapSecrets(one, one, (one,))
+    with pytest.raises(TypeError, match="holds a secret and cannot be pickled or copied"):
+        operation(gathered)
+    for shown in (repr(gathered), str(gathered)):
+        assert [s for secret in (ROOT, one.data_key, one.mac_key) for s in spellings(secret) if s in shown] == []

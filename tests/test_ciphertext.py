@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.ciphertext import (
+    KEY_PREFIX_SIZE,
     MIN_FRAME_SIZE,
+    TEXT_FRAME_START,
+    TEXT_HEADER_SIZE,
+    TEXT_KEY_PREFIX_SIZE,
     ColumnName,
     from_text,
+    key_id_of_start,
+    key_id_of_text_start,
+    key_prefix,
     parse,
+    text_key_prefix,
     to_text,
 )
 from tests import reference
@@ -160,3 +168,34 @@ def test_error_shows_nothing_of_the_value(read: Callable[[Any], object], stored:
     assert leaked(caught.value, MARKER, FRAME[2:10], FRAME[12:36], FRAME[36:51], TEXT[7:]) == []
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
+
+
+@given(st.binary(min_size=8, max_size=8), st.binary(min_size=2, max_size=2), st.binary(max_size=40))
+def test_the_start_of_a_value_tells_its_key(key_id: bytes, hint: bytes, rest: bytes) -> None:
+    frame = b"\xf9\x02" + key_id + hint + bytes(24) + rest + bytes(16)
+    in_text = to_text(frame)
+    assert frame.startswith(key_prefix(key_id.hex()))
+    assert len(key_prefix(key_id.hex())) == KEY_PREFIX_SIZE == 10
+    assert in_text.startswith(text_key_prefix(key_id.hex()))
+    assert in_text.startswith(TEXT_FRAME_START)
+    assert len(text_key_prefix(key_id.hex())) == TEXT_KEY_PREFIX_SIZE == 7 + 13
+    assert TEXT_HEADER_SIZE == 7 + 16
+    assert key_id_of_start(frame[:KEY_PREFIX_SIZE]) == key_id.hex()
+    assert key_id_of_text_start(in_text[:TEXT_HEADER_SIZE]) == key_id.hex()
+
+
+@given(st.binary(min_size=8, max_size=8), st.integers(0, 61))
+def test_another_key_has_another_start(key_id: bytes, bit: int) -> None:
+    other = (int.from_bytes(key_id, "big") ^ 1 << 63 - bit).to_bytes(8, "big")
+    assert key_prefix(key_id.hex()) != key_prefix(other.hex())
+    assert text_key_prefix(key_id.hex()) != text_key_prefix(other.hex())
+
+
+@pytest.mark.parametrize("start", [b"", FRAME[:9], FRAME[:11], b"\xf9\x03" + FRAME[2:10], b"plaintext!"])
+def test_what_is_no_start_of_a_frame_has_no_key(start: bytes) -> None:
+    assert key_id_of_start(start) is None
+
+
+@pytest.mark.parametrize("start", ["", TEXT[:22], TEXT[:24], TEXT[:22] + "!", "enc:v2" + TEXT[6:23], "p" * 23])
+def test_what_is_no_start_of_text_storage_has_no_key(start: str) -> None:
+    assert key_id_of_text_start(start) is None

@@ -2,22 +2,27 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from sqlalchemy import NullPool, create_engine, text
 
-from sqlalchemy_kravn_crypto.cli import print_provisioned
+from sqlalchemy_kravn_crypto.cli import app
+from sqlalchemy_kravn_crypto.commands.setup import print_provisioned
 from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.migrate import migrate
 from tests.fixtures_postgres import asynchronous
 from tests.misbehaving_kms import MisbehavingKMS
 from tests.openbao import OpenBao
 
+DOCS = Path(__file__).parents[1] / "docs"
 SECRET = "MARKER-of-the-secret-with-enough-characters"
 MODELS = """
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -215,6 +220,50 @@ def test_the_demo_shows_the_main_job_and_leaves_nothing_behind(run: Run, tmp_pat
     assert result.stderr == ""
 
 
+# --- What is documented ----------------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, set[str]]:
+    """Return every command with its options."""
+    found: dict[str, set[str]] = {}
+
+    def add(command: Any, *names: str) -> None:
+        for name, inner in getattr(command, "commands", {}).items():
+            add(inner, *names, name)
+        if not hasattr(command, "commands"):
+            options = [option for option in command.params if option.param_type_name == "option"]
+            found[" ".join(names)] = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+
+    add(typer.main.get_command(app))
+    return found
+
+
 def test_help_names_every_command(run: Run) -> None:
     shown = run("--help").stdout
-    assert all(command in shown for command in ("migrate", "provision", "status", "demo"))
+    assert len(commands()) == 18
+    assert all(command.split()[0] in shown for command in commands())
+
+
+def test_every_command_is_documented_with_its_options_and_an_example() -> None:
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^### ([a-z -]+)\n(.*?)(?=^##|\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    assert documented.keys() == commands().keys()
+    for command, options in commands().items():
+        listed = documented[command].rpartition("Options:")[2]
+        assert set(re.findall(r"`(--[a-z-]+)`", listed)) == options, command
+        assert re.search(rf"^    .*kravn-crypto {command}\b", documented[command], flags=re.MULTILINE), command
+
+
+def test_no_page_tells_of_a_command_or_an_option_that_is_not_there() -> None:
+    names = sorted(commands(), key=len, reverse=True)
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    found = 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for said in re.findall(r"(?<![\w/\"-])kravn-crypto ([a-z][^`\n|;&]*)", text):
+            command = next((name for name in names if re.match(rf"{name}(?![\w-])", said)), None)
+            assert command is not None or said.startswith("standby"), f"{page.name}: kravn-crypto {said}"
+            options = set(re.findall(r"(?<!\S)--[a-z-]+", said)) - {"--help"}
+            assert options <= commands().get(command or "", set()), f"{page.name}: kravn-crypto {said}"
+            found += 1
+    assert found > 40

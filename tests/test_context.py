@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from sqlalchemy_kravn_crypto import DataKey, Keyring, is_configured, use_keyring
-from sqlalchemy_kravn_crypto.context import current_keyring, publish
-from sqlalchemy_kravn_crypto.exceptions import ConfigurationError, NotConfiguredError
+from sqlalchemy_kravn_crypto.context import (
+    current_keyring,
+    end_lease,
+    extend_lease,
+    keyring_to_write,
+    publish,
+    put_aside,
+    replace_keyring,
+    report_unknown_key,
+)
+from sqlalchemy_kravn_crypto.exceptions import ConfigurationError, LeaseExpiredError, NotConfiguredError
 
 FORKED = """
 import os
@@ -135,3 +144,96 @@ def test_both_last_after_fork() -> None:
         [sys.executable, "-c", FORKED], check=True, capture_output=True, text=True, cwd=root, timeout=60
     )
     assert done.stdout == "done\n"
+
+
+# --- The lease ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The process's clock, that goes when it is told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_until_its_lease_is_over_a_keyring_encrypts_and_after_that_it_decrypts(keyrings: list[Keyring]) -> None:
+    clock = Clock()
+    publish(keyrings[0], writable_until=110.0, clock=clock)
+    clock.now = 110.0
+    assert keyring_to_write() is keyrings[0]
+    clock.now = 110.1
+    with pytest.raises(LeaseExpiredError, match="Look in the log for why") as caught:
+        keyring_to_write()
+    assert "KRAVN_LEASE" in str(caught.value)
+    assert current_keyring() is keyrings[0]
+    extend_lease(120.0)
+    assert keyring_to_write() is keyrings[0]
+
+
+def test_a_lease_is_never_made_shorter_by_a_look_that_began_earlier(keyrings: list[Keyring]) -> None:
+    clock = Clock()
+    publish(keyrings[0], writable_until=110.0, clock=clock)
+    extend_lease(105.0)
+    clock.now = 109.0
+    assert keyring_to_write() is keyrings[0]
+    end_lease()
+    with pytest.raises(LeaseExpiredError):
+        keyring_to_write()
+    extend_lease(109.0)
+    assert keyring_to_write() is keyrings[0]
+
+
+def test_another_keyring_has_the_lease_of_the_one_before(keyrings: list[Keyring]) -> None:
+    clock = Clock()
+    publish(keyrings[0], writable_until=110.0, clock=clock)
+    replace_keyring(keyrings[1])
+    assert keyring_to_write() is keyrings[1]
+    clock.now = 111.0
+    with pytest.raises(LeaseExpiredError):
+        keyring_to_write()
+
+
+def test_without_a_watch_there_is_no_lease(keyrings: list[Keyring]) -> None:
+    publish(keyrings[0], writable_until=0.0, clock=Clock())
+    publish(keyrings[1])
+    assert keyring_to_write() is keyrings[1]
+
+
+def test_a_keyring_of_a_block_has_no_lease(keyrings: list[Keyring]) -> None:
+    publish(keyrings[0], writable_until=0.0, clock=Clock())
+    with use_keyring(keyrings[1]):
+        assert keyring_to_write() is keyrings[1]
+    with pytest.raises(LeaseExpiredError):
+        keyring_to_write()
+
+
+def test_without_a_keyring_it_is_not_the_lease_that_is_over() -> None:
+    publish(None)
+    with pytest.raises(NotConfiguredError, match="configure"):
+        keyring_to_write()
+
+
+def test_who_watches_is_told_of_an_unknown_key_and_not_by_a_block(keyrings: list[Keyring]) -> None:
+    told: list[bool] = []
+    publish(keyrings[0], unknown_key=lambda: told.append(True))
+    report_unknown_key()
+    with use_keyring(keyrings[1]):
+        report_unknown_key()
+    assert told == [True]
+    publish(keyrings[0])
+    report_unknown_key()
+    assert told == [True]
+
+
+def test_what_is_put_aside_comes_back_with_its_lease(keyrings: list[Keyring]) -> None:
+    clock = Clock()
+    publish(keyrings[0], writable_until=110.0, clock=clock)
+    with put_aside():
+        assert not is_configured()
+        publish(keyrings[1])
+    assert keyring_to_write() is keyrings[0]
+    clock.now = 111.0
+    with pytest.raises(LeaseExpiredError):
+        keyring_to_write()

@@ -156,6 +156,29 @@ def test_unknown_key_id_never_reaches_the_aead(others: int) -> None:
         assert caught.value.key_id in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("state", "error", "command"),
+    [
+        ("disabled", errors.DisabledKeyError, "kravn-crypto enable"),
+        ("destroyed", errors.DestroyedKeyError, "kravn-crypto evidence"),
+        ("unheard-of", errors.UnknownKeyError, "kravn-crypto status"),
+    ],
+)
+def test_value_under_a_key_that_is_not_loaded_says_why(state: str, error: type[Exception], command: str) -> None:
+    gone = DataKey.generate()
+    frame, key_id = Keyring(gone).encrypt(PAYLOAD, NAME), gone.key_id.hex()
+    other = {"disabled": "destroyed", "destroyed": "disabled"}.get(state, "disabled")
+    named: dict[str, Any] = {other: ["00" * 8]} | ({} if state == "unheard-of" else {state: [key_id]})
+    keyring = Keyring(DataKey.generate(), **named)
+    with pytest.raises(errors.UnknownKeyError, match=command) as caught:
+        keyring.decrypt(frame, NAME)
+    assert type(caught.value) is error
+    assert caught.value.key_id == key_id
+    assert key_id in str(caught.value)
+    with pytest.raises(error, match=command):
+        keyring.reencryptor(NAME)(frame)
+
+
 def test_key_id_of_one_key_is_not_decrypted_with_another() -> None:
     # The ciphertext is the primary's, the key id the other one's: trying all keys would open it.
     aead_key = reference.expand(KEY, "aead/02")
@@ -349,3 +372,75 @@ def test_errors_of_values_are_passed_through_by_sqlalchemy() -> None:
     assert issubclass(errors.KravnCryptoError, DontWrapMixin)
     for error in (errors.DecryptionError, errors.EncryptionError, errors.ConfigurationError):
         assert issubclass(error, errors.KravnCryptoError)
+
+
+# --- Re-encryption ---------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_is_taken_to_the_primary_under_its_own_name() -> None:
+    old, new = DataKey.generate(), DataKey.generate()
+    now, then = ColumnName("table.now"), ColumnName("table.then")
+    written = [Keyring(old).encrypt(b"payload", name) for name in (now, then, now)]
+    reencrypt = Keyring(new, [old]).reencryptor(now, [then])
+    renewed = [reencrypt(frame) for frame in written]
+    only_new = Keyring(new)
+    assert [only_new.decrypt(frame, name) for frame, name in zip(renewed, (now, then, now), strict=True)] == [
+        b"payload"
+    ] * 3
+    with pytest.raises(errors.WrongColumnError):
+        only_new.decrypt(renewed[1], now)
+    assert {parse(frame).key_id for frame in renewed} == {new.key_id}
+    assert len({parse(frame).nonce for frame in (*written, *renewed)}) == 6
+
+
+def test_frames_of_several_keys_are_taken_in_any_order() -> None:
+    keys = [DataKey.generate() for _ in range(3)]
+    reencrypt = Keyring(keys[0], keys[1:]).reencryptor(NAME)
+    for number in range(12):
+        payload = bytes([number])
+        frame = reencrypt(Keyring(keys[number % 3]).encrypt(payload, NAME))
+        assert Keyring(keys[0]).decrypt(frame, NAME) == payload
+
+
+@pytest.mark.parametrize("known_before", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]), errors.AuthenticationError),
+        (lambda frame: frame[:20] + bytes([frame[20] ^ 1]) + frame[21:], errors.AuthenticationError),
+        (lambda frame: frame[:51], errors.MalformedCiphertextError),
+        (lambda frame: frame[:12], errors.MalformedCiphertextError),
+        (lambda frame: frame[:5], errors.MalformedCiphertextError),
+        (lambda _: b"", errors.MalformedCiphertextError),
+        (lambda _: b"plaintext", errors.MalformedCiphertextError),
+        (lambda frame: b"\xf9\x03" + frame[2:], errors.UnsupportedAlgorithmError),
+        (lambda frame: frame[:2] + bytes(8) + frame[10:], errors.UnknownKeyError),
+        (lambda frame: frame[:10] + bytes([frame[10] ^ 1]) + frame[11:], errors.WrongColumnError),
+    ],
+)
+def test_what_does_not_decrypt_is_not_taken_along(
+    spoil: Callable[[bytes], bytes],
+    error: type[Exception],
+    known_before: bool,  # noqa: FBT001 - of the test
+) -> None:
+    old, new = DataKey.generate(), DataKey.generate()
+    frame = Keyring(old).encrypt(b"", NAME)
+    reencrypt = Keyring(new, [old]).reencryptor(NAME)
+    if known_before:
+        reencrypt(frame)
+    with pytest.raises(error) as caught:
+        reencrypt(spoil(frame))
+    assert caught.value.__context__ is None
+
+
+def test_what_nobody_loads_any_more_can_be_kept_for_what_was_read_before() -> None:
+    old, gone, forgotten, new = (DataKey.generate() for _ in range(4))
+    before = Keyring(old, [gone, forgotten])
+    frames = [Keyring(key).encrypt(b"payload", ColumnName("table.column")) for key in (old, gone, forgotten)]
+    after = Keyring(new, disabled=[old.key_id.hex()], destroyed=[gone.key_id.hex()])
+    kept = after.keeping(before)
+    assert kept.primary_key_id == new.key_id.hex()
+    assert [kept.decrypt(frame, ColumnName("table.column")) for frame in frames[:2]] == [b"payload"] * 2
+    with pytest.raises(errors.UnknownKeyError):
+        kept.decrypt(frames[2], ColumnName("table.column"))
+    assert after.keeping(Keyring(new)) is after

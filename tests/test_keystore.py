@@ -12,6 +12,7 @@ import traceback
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,18 @@ from sqlalchemy.util import greenlet_spawn
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
+from sqlalchemy_kravn_crypto.changes import changing
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName
 from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, EncryptedColumn
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.keystore import KeyStore
+from sqlalchemy_kravn_crypto.lifecycle import add_standby, enable, promote, rotate
 from sqlalchemy_kravn_crypto.rows import MacKey
-from sqlalchemy_kravn_crypto.schema import TABLES
+from sqlalchemy_kravn_crypto.schema import TABLES, State
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
 from sqlalchemy_kravn_crypto.wrapping import binding
 from tests import reference
+from tests.fixtures_deployment import Deployment, VersionedKMS
 from tests.fixtures_postgres import asynchronous
 from tests.misbehaving_kms import MisbehavingKMS
 
@@ -767,3 +771,177 @@ def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, st
         for operation in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="cannot be pickled or copied"):
                 operation(held)
+
+
+# --- Opening it again -----------------------------------------------------------------------------------------------
+
+NEXT = "the next secret, with as many characters as it takes"
+NEXT_KEY_ID = DataKey(BootstrapSecret.from_secret(NEXT).data_key).key_id.hex()
+
+
+def test_only_what_is_new_is_unwrapped_when_it_is_opened_again(running: Deployment) -> None:
+    opened = running.open()
+    made = rotate(running.operator())
+    assert made is not None
+    calls = running.kms.calls.copy()
+    again = running.store().reopen(running.rows(), opened)
+    assert running.kms.calls - calls == {"unwrap": 1}
+    assert again.keyring.key_ids == opened.keyring.key_ids | {made.key_id}
+    assert again.keyring.primary_key_id == opened.keyring.primary_key_id
+    assert (again.missing, again.rows, again.secrets) == (frozenset(), running.rows(), opened.secrets)
+    promote(running.operator())
+    calls = running.kms.calls.copy()
+    assert running.store().reopen(running.rows(), again).keyring.primary_key_id == made.key_id
+    assert running.kms.calls == calls
+
+
+def test_a_wrapped_mac_key_is_not_unwrapped_again(deployment: Deployment) -> None:
+    deployment.secret_file.unlink()
+    opened = deployment.open()
+    rotate(deployment.operator())
+    calls = deployment.kms.calls.copy()
+    deployment.store().reopen(deployment.rows(), opened)
+    assert deployment.kms.calls - calls == {"unwrap": 1}
+
+
+@pytest.mark.parametrize("switch", ["down", "sealed", "denies", "returns_another_key"])
+def test_a_pending_key_that_is_not_to_be_had_now_is_missing(
+    running: Deployment, caplog: pytest.LogCaptureFixture, switch: str
+) -> None:
+    opened = running.open()
+    made = rotate(running.operator())
+    assert made is not None
+    setattr(running.kms, switch, True)
+    again = running.store().reopen(running.rows(), opened)
+    assert again.missing == {made.key_id}
+    assert again.keyring.key_ids == opened.keyring.key_ids
+    assert f"pending data key {made.key_id} cannot be loaded yet" in caplog.text
+    # A process that starts now needs it: it will be asked for it as soon as the key is promoted.
+    with pytest.raises((errors.ProviderError, errors.WrongKeyError)):
+        running.open()
+    setattr(running.kms, switch, False)
+    assert running.store().reopen(running.rows(), again).keyring.key_ids == running.states().keys()
+
+
+def test_a_closing_primarys_successor_is_needed_like_the_primary(running: Deployment) -> None:
+    opened = running.open()
+    made = rotate(running.operator())
+    assert made is not None
+    with changing(running.operator()) as change:
+        change.save(change.rows.with_key(replace(made, closing=opened.keyring.primary_key_id)), "test")
+    running.kms.down = True
+    with pytest.raises(errors.ProviderUnavailableError):
+        running.store().reopen(running.rows(), opened)
+    running.kms.down = False
+    assert running.store().reopen(running.rows(), opened).keyring.primary_key_id == made.key_id
+
+
+def test_a_retired_key_that_came_back_is_needed(running: Deployment) -> None:
+    first = running.key_id(State.PRIMARY)
+    rotate(running.operator())
+    promote(running.operator())
+    with changing(running.operator()) as change:
+        change.save(change.rows.with_key(running.row(first).in_state(State.DISABLED)), "test")
+    opened = running.open()
+    assert first not in opened.keyring.key_ids
+    enable(running.operator(), first)
+    running.kms.down = True
+    with pytest.raises(errors.ProviderUnavailableError):
+        running.store().reopen(running.rows(), opened)
+
+
+def test_a_key_store_that_went_back_is_refused(running: Deployment) -> None:
+    old = running.rows()
+    rotate(running.operator())
+    opened = running.open()
+    with pytest.raises(errors.KeyStoreRolledBackError, match=rf"from epoch {old.epoch + 1} to {old.epoch}") as caught:
+        running.store().reopen(old, opened)
+    assert "bring back the newest kms_keys" in str(caught.value)
+    assert running.store().reopen(running.rows(), opened).keyring.key_ids == opened.keyring.key_ids
+
+
+def test_rows_that_somebody_else_wrote_are_not_opened_again(running: Deployment) -> None:
+    opened = running.open()
+    planted = replace(running.rows().keys[-1], id=9, key_id="ab" * 8, state=State.PENDING, primary_of=None)
+    rows = running.rows().with_key(planted)
+    calls = running.kms.calls.copy()
+    with pytest.raises(errors.RowAuthenticationError):
+        running.store().reopen(rows, opened)
+    with pytest.raises(errors.RowAuthenticationError):
+        running.store().reopen(replace(rows, control=replace(rows.in_control(), epoch=99)), opened)
+    assert running.kms.calls == calls
+
+
+def test_another_deployment_or_kms_is_refused_when_it_is_opened_again(running: Deployment) -> None:
+    opened = running.open()
+    with pytest.raises(errors.DeploymentMismatchError):
+        running.store(deployment_id=str(uuid.uuid4())).reopen(running.rows(), opened)
+    with pytest.raises(errors.ProviderMismatchError):
+        running.store(provider=MisbehavingKMS(name="azure")).reopen(running.rows(), opened)
+
+
+def test_an_unpinned_pending_key_is_not_held(running: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    opened = running.open()
+    made = rotate(running.operator())
+    assert made is not None
+    pinned = running.store(pinned=frozenset({running.key_id(State.PRIMARY)}))
+    assert made.key_id not in pinned.reopen(running.rows(), opened).keyring.key_ids
+    assert f"pending data key {made.key_id} is not in KRAVN_KMS_PINNED_KEYS" in caplog.text
+
+
+# --- Adoption beside processes that live ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_beside_a_live_process_an_adopted_key_is_pending(deployment: Deployment, is_alive: bool) -> None:  # noqa: FBT001 - a parameter
+    bootstrap = deployment.open(provider=None).keyring.primary_key_id
+    deployment.heartbeat(holds={bootstrap}, under=bootstrap, lease=60, age=0 if is_alive else 100)
+    opened = deployment.open()
+    adopted = next(one for one in deployment.states() if one != bootstrap)
+    assert deployment.states() == (
+        {bootstrap: State.PRIMARY, adopted: State.PENDING}
+        if is_alive
+        else {bootstrap: State.RETIRED, adopted: State.PRIMARY}
+    )
+    assert opened.keyring.key_ids == {bootstrap, adopted}
+    assert opened.keyring.primary_key_id == (bootstrap if is_alive else adopted)
+    event = deployment.events()[-1]
+    assert (event.action, event.key_id) == ("adopt", adopted)
+    assert event.details["retired"] == (None if is_alive else bootstrap)
+    deployment.open()  # a second process with the KMS makes none of its own
+    assert len(deployment.states()) == 2
+
+
+# --- More than one secret ---------------------------------------------------------------------------------------------
+
+
+def test_the_next_secret_verifies_and_a_retired_one_only_decrypts(sqlite_deployment: Deployment) -> None:
+    deployment = sqlite_deployment
+    secrets = deployment.store(next_secret=NEXT).secrets(deployment.rows())
+    following = BootstrapSecret.from_secret(NEXT)
+    assert secrets.current == BOOTSTRAP
+    assert secrets.next == following
+    assert (secrets.verifying, secrets.all) == ((BOOTSTRAP, following), (BOOTSTRAP, following))
+    secrets = deployment.store(retired_secrets=(NEXT,)).secrets(deployment.rows())
+    assert (secrets.verifying, secrets.all) == ((BOOTSTRAP,), (BOOTSTRAP, following))
+    # The file is read beside a secret as long as a row says that a key came from it.
+    secrets = deployment.store(secret=NEXT).secrets(deployment.rows())
+    assert (secrets.current, secrets.retired) == (following, (BOOTSTRAP,))
+
+
+# --- A standby --------------------------------------------------------------------------------------------------------
+
+
+def test_a_boot_uses_the_wrap_that_matches_its_settings(running: Deployment) -> None:
+    standby = VersionedKMS("azure", mount="elsewhere")
+    add_standby(running.operator(standby=standby))
+    held, calls = running.open().keyring.key_ids, running.kms.calls.copy()
+    asked = standby.calls["unwrap"]
+    assert running.open(provider=standby).keyring.key_ids == held
+    assert standby.calls["unwrap"] == asked + 1
+    assert running.kms.calls == calls
+    with pytest.raises(errors.ProviderMismatchError, match=r"'vault' under master key 'transit/kravn:v1'"):
+        running.open(provider=VersionedKMS("azure", mount="third"))
+    standby.returns = b"x" * 32
+    with pytest.raises(errors.WrongKeyError):
+        running.open(provider=standby)

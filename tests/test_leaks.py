@@ -67,7 +67,6 @@ from sqlalchemy_kravn_crypto import (
     use_keyring,
 )
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto.boot import status
 from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName, parse, to_text
 from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
@@ -77,6 +76,7 @@ from sqlalchemy_kravn_crypto.derivation import expand
 from sqlalchemy_kravn_crypto.migrate import migrate
 from sqlalchemy_kravn_crypto.providers.base import Deadline, WrappedKey
 from sqlalchemy_kravn_crypto.settings import Settings
+from sqlalchemy_kravn_crypto.status import status
 from tests.leaks import found_in, leaked, pickled, shown_by
 from tests.misbehaving_kms import MisbehavingKMS
 from tests.postgres import fresh_database

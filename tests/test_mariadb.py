@@ -11,9 +11,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import LargeBinary
 
 from sqlalchemy_kravn_crypto import DataKey, EncryptedJSON, Keyring, configure, reset, use_keyring
-from sqlalchemy_kravn_crypto.boot import status
 from sqlalchemy_kravn_crypto.migrate import migrate
 from sqlalchemy_kravn_crypto.schema import TABLE_NAMES, TABLES, VERSION_TABLE
+from sqlalchemy_kravn_crypto.status import status
 
 ALL = {*TABLE_NAMES, VERSION_TABLE}
 # TEXT and BLOB end at 64 KiB there.

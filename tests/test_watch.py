@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure, configure_async, context, reset
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto.changes import Operator
+from sqlalchemy_kravn_crypto.changes import Operator, changing
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.following import current, follow, start
@@ -25,6 +28,7 @@ from sqlalchemy_kravn_crypto.lifecycle.rotation import promote, rotate
 from sqlalchemy_kravn_crypto.replicas import read_replicas
 from sqlalchemy_kravn_crypto.schema import TABLES, State
 from sqlalchemy_kravn_crypto.settings import Settings
+from sqlalchemy_kravn_crypto.transactions import mark, open_since
 from sqlalchemy_kravn_crypto.watch import Watch, WatchSettings
 from tests.fixtures_postgres import asynchronous
 from tests.misbehaving_kms import MisbehavingKMS
@@ -333,6 +337,34 @@ def test_a_process_that_is_stopped_between_execution_and_result_reads_what_was_r
     assert numbers(engine) == [1, 2]
 
 
+def test_a_process_that_is_stopped_before_the_result_reads_what_is_under_a_key_that_was_disabled_meanwhile(
+    postgres_url: str, store: KeyStore, clock: Clock, connected: Callable[..., Engine]
+) -> None:
+    engine = with_tables(connected(postgres_url))
+    operator = Operator(engine=connected(postgres_url), store=store)
+    start(Watch(store, store.open(engine), WatchSettings(interval=INTERVAL, lease=LEASE), clock=clock), engine)
+    put(engine, 1)
+    before = current_keyring().primary_key_id
+    stops = iter([True])
+
+    def stopped(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT note") and next(stops, False):
+            rotated(operator)
+            promote(operator, force=True)
+            with changing(operator) as change:
+                row = change.rows.key(before)
+                assert row is not None
+                change.save(change.rows.with_key(row.in_state(State.DISABLED)), "disable", key_id=before)
+            clock.pass_(LEASE + 1)
+
+    event.listen(engine, "after_cursor_execute", stopped)
+    follow(engine)
+    assert numbers(engine) == [1]
+    with pytest.raises(errors.DisabledKeyError, match=before):  # in the next transaction, it is as for everybody
+        numbers(engine)
+    assert all(before not in held for _, held in beats(operator))
+
+
 def _write_under(operator: Operator, key_id: str, number: int) -> None:
     """Write as another process would, that already encrypts under a key."""
     key = operator.store.open(operator.engine).keyring.data_key(key_id)
@@ -345,6 +377,144 @@ def _write_under(operator: Operator, key_id: str, number: int) -> None:
 
 
 # --- When it cannot look --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_postgres(
+    postgres_url: str, store: KeyStore, clock: Clock, connected: Callable[..., Engine]
+) -> tuple[Engine, Operator]:
+    """Be a process that has just started, on PostgreSQL, and an operator beside it."""
+    engine = with_tables(connected(postgres_url))
+    start(Watch(store, store.open(engine), WatchSettings(interval=INTERVAL, lease=LEASE), clock=clock), engine)
+    follow(engine)
+    return engine, Operator(engine=connected(postgres_url), store=store)
+
+
+def test_a_heartbeat_is_left_although_a_long_transaction_has_just_looked(
+    on_postgres: tuple[Engine, Operator], clock: Clock
+) -> None:
+    """Else a process whose transactions are all long would be taken for dead."""
+    engine, operator = on_postgres
+    put(engine, 1)
+    before = beats(operator)
+    rotated(operator)
+    for _ in range(2):
+        with Session(engine) as session:
+            session.get_one(Note, 1)
+            clock.pass_(INTERVAL)
+            session.scalars(select(Note.number)).all()
+        with operator.engine.connect() as connection:
+            earlier = [replica.seen_at for replica in read_replicas(connection)]
+        numbers(engine)
+        with operator.engine.connect() as connection:
+            assert [replica.seen_at for replica in read_replicas(connection)] > earlier
+    assert beats(operator) != before
+
+
+def test_what_an_old_snapshot_showed_is_looked_at_again_by_the_next_transaction(
+    on_postgres: tuple[Engine, Operator], clock: Clock
+) -> None:
+    engine, operator = on_postgres
+    put(engine, 1)
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        connection.execute(select(Note.number)).all()
+        pending = rotated(operator)
+        promote(operator, force=True)
+        _write_under(operator, pending, 2)
+        clock.pass_(INTERVAL)
+        assert connection.execute(select(Note.content)).all() == [({"number": 1},)]
+    assert numbers(engine) == [1, 2]
+
+
+def test_in_a_transaction_that_is_longer_than_the_lease_whatever_is_returned_is_read(
+    on_postgres: tuple[Engine, Operator], clock: Clock
+) -> None:
+    """The others take the process for dead, and do not wait until it looks before a key is promoted."""
+    engine, operator = on_postgres
+    put(engine, 1)
+    with Session(engine) as session:
+        session.get_one(Note, 1)
+        clock.pass_(LEASE)
+        session.scalars(select(Note)).all()  # with a look, so that the next is not due
+        pending = rotated(operator)
+        promote(operator, force=True)
+        _write_under(operator, pending, 2)
+        assert {note.content["number"] for note in session.scalars(select(Note))} == {1, 2}
+
+
+def test_in_a_transaction_that_is_longer_than_the_lease_an_old_snapshot_is_looked_at_once(
+    on_postgres: tuple[Engine, Operator], clock: Clock
+) -> None:
+    engine, _ = on_postgres
+    put(engine, 1)
+    sent = statements(engine)
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        connection.execute(select(Note.number)).all()
+        clock.pass_(LEASE)
+        for _ in range(3):
+            connection.execute(select(Note.number)).all()
+    assert len([statement for statement in sent if "kms_keys" in statement]) == 1
+
+
+class SlowOnce(MisbehavingKMS):
+    """A KMS that lets the first who asks for a data key after :meth:`arm` wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+        self._is_armed = False
+
+    def arm(self) -> None:
+        self._is_armed = True
+
+    def _answer(self, operation: str) -> None:
+        super()._answer(operation)
+        if self._is_armed:
+            self._is_armed = False
+            self.asked.set()
+            assert self.goes_on.wait(60)
+
+
+def test_when_a_stopped_process_goes_on_no_thread_reads_without_the_keys_that_another_is_fetching(
+    postgres_url: str, clock: Clock, connected: Callable[..., Engine], tmp_path: Path
+) -> None:
+    kms = SlowOnce()
+    store = KeyStore(provider=kms, secret=None, secret_file=secret_file(tmp_path))
+    engine = with_tables(connected(postgres_url))
+    operator = Operator(engine=connected(postgres_url), store=store)
+    start(Watch(store, store.open(engine), WatchSettings(interval=INTERVAL, lease=LEASE), clock=clock), engine)
+    follow(engine)
+    put(engine, 1)
+    clock.pass_(LEASE + 1)
+    pending = rotated(operator)
+    promote(operator, force=True)
+    _write_under(operator, pending, 2)
+    kms.arm()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(numbers, engine)
+        try:
+            assert kms.asked.wait(60)
+            assert numbers(engine) == [1, 2]
+        finally:
+            kms.goes_on.set()
+        assert first.result() == [1, 2]
+
+
+def test_in_a_transaction_that_is_longer_than_the_lease_a_kms_that_is_down_is_asked_once(
+    on_postgres: tuple[Engine, Operator], clock: Clock, kms: MisbehavingKMS
+) -> None:
+    engine, operator = on_postgres
+    put(engine, 1)
+    with Session(engine) as session:
+        session.get_one(Note, 1)
+        clock.pass_(LEASE)
+        rotated(operator)
+        promote(operator, force=True)
+        kms.down = True
+        asked = kms.calls["unwrap"]
+        for _ in range(3):
+            assert session.scalars(select(Note.id)).all() == [1]
+    assert kms.calls["unwrap"] == asked + 1
 
 
 def test_without_a_look_a_process_reads_and_does_not_write_when_its_lease_is_over(
@@ -430,6 +600,39 @@ def test_a_key_store_that_went_back_is_said_and_not_written_under(
     with pytest.raises(errors.LeaseExpiredError):
         put(engine, 2)
     assert "went back from epoch" in caplog.text
+
+
+@pytest.mark.parametrize("fence", [False, True])
+def test_nothing_is_written_under_a_key_that_went_with_a_restored_backup(
+    engine: Engine, boot: Any, operator: Operator, clock: Clock, *, fence: bool
+) -> None:
+    boot(fence=fence)
+    put(engine, 1)
+    with operator.engine.connect() as connection:
+        old = [dict(row) for row in connection.execute(select(KEYS)).mappings()]
+    rotated(operator)
+    clock.pass_(INTERVAL)
+    numbers(engine)
+    promote(operator)
+    clock.pass_(INTERVAL)
+    put(engine, 2)
+    with operator.engine.connect() as connection:
+        new = [dict(row) for row in connection.execute(select(KEYS)).mappings()]
+
+    def restore(rows: list[dict[str, Any]]) -> None:
+        with operator.engine.begin() as connection:
+            connection.execute(delete(KEYS))
+            connection.execute(insert(KEYS), rows)
+        clock.pass_(INTERVAL)
+
+    restore(old)
+    for _ in range(2):
+        with pytest.raises(errors.LeaseExpiredError):
+            put(engine, 3)
+    assert numbers(engine) == [1, 2]
+    restore(new)
+    put(engine, 3)
+    assert key_ids(engine)[3] == current_keyring().primary_key_id
 
 
 def test_rows_that_somebody_else_wrote_are_not_taken_in(
@@ -588,6 +791,31 @@ def test_a_transaction_that_writes_keeps_the_primary_from_being_retired(
     promote(operator, force=True)
     assert key_ids(engine) == {1: before, 2: pending, 3: pending}
     assert dict(_states(operator))[pending] is State.PRIMARY
+
+
+def test_who_writes_under_the_successor_is_waited_for_before_that_is_disabled(
+    postgres_url: str, store: KeyStore, clock: Clock, connected: Callable[..., Engine]
+) -> None:
+    """Nothing else tells that it is there, since it took no lock; it may be stopped before its first statement."""
+    engine = with_tables(connected(postgres_url))
+    settings = WatchSettings(interval=INTERVAL, lease=LEASE, fence=True)
+    start(Watch(store, store.open(engine), settings, clock=clock), engine)
+    follow(engine)
+    operator = Operator(engine=connected(postgres_url), store=store)
+    pending = rotated(operator)
+    with operator.engine.begin() as connection:
+        primary = connection.execute(select(KEYS.c.key_id).where(KEYS.c.state == State.PRIMARY)).scalar_one()
+    with changing(operator) as change:
+        row = change.rows.key(pending)
+        assert row is not None
+        change.save(change.rows.with_key(replace(row, closing=primary)), "close", key_id=primary)
+    with engine.connect() as writer:
+        writer.execute(update(Note).where(Note.id == 1).values(content={"number": 1}))  # there is no such row
+        with operator.engine.connect() as connection:
+            moment = mark(connection)
+            assert len(open_since(connection, moment)) == 1
+            writer.commit()
+            assert open_since(connection, moment) == []
 
 
 def test_the_lock_is_taken_again_when_a_savepoint_that_it_was_taken_in_is_rolled_back(

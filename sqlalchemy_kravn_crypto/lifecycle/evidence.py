@@ -8,7 +8,7 @@ from ..census import Census
 from ..changes import Operator, changing
 from ..events import Event, read_events
 from ..exceptions import WrongStateError
-from ..known_columns import forget
+from ..known_columns import forget, record
 from ..rows import connect
 from .retirement import Targets
 
@@ -45,7 +45,7 @@ def _is_about(event: Event, key_id: str) -> bool:
 
 
 def record_census(operator: Operator, targets: Targets, *, reason: str | None = None, dry_run: bool = False) -> Census:
-    """Count the values of every known column by their data keys, and put the count on record.
+    """Count the values of every known column by their data keys, and put the count and the columns on record.
 
     :param dry_run: do not put it on record; then it takes no right to write.
     :raises ColumnUnreachableError: if the database has no schema of a name that was given.
@@ -54,6 +54,8 @@ def record_census(operator: Operator, targets: Targets, *, reason: str | None = 
         counted = targets.count(connection)
     if not dry_run:
         with changing(operator) as change:
+            # So that those of a schema that was named here are not forgotten where it is not.
+            record(change.connection, [column.column for column in counted.columns])
             change.save(change.rows, "census", reason=reason, details={"census": counted.as_dict()})
     return counted
 

@@ -15,7 +15,7 @@ from ..changes import Change, Operator, changing
 from ..clock import as_utc, read_database_time
 from ..events import Event, read_events
 from ..exceptions import KeyInUseError, NotConfirmedError, ReplicasBehindError, TooEarlyError, WrongStateError
-from ..known_columns import known
+from ..known_columns import KnownColumn, known
 from ..replicas import live_replicas
 from ..rows import KeyRow, connect
 from ..schema import State
@@ -38,12 +38,19 @@ class Targets:
     metadata: MetaData | None = None
     schemas: Sequence[str] = ()
 
+    def columns(self, connection: Connection) -> list[KnownColumn]:
+        """Return the columns.
+
+        :raises ColumnUnreachableError: if the database has no schema of a name that was given.
+        """
+        return known(connection, self.metadata, self.schemas)
+
     def count(self, connection: Connection) -> Census:
         """Count what is in them.
 
         :raises ColumnUnreachableError: if the database has no schema of a name that was given.
         """
-        return census(connection, known(connection, self.metadata, self.schemas))
+        return census(connection, self.columns(connection))
 
 
 def disable(  # noqa: PLR0913 - what is looked at, and how it is waited
@@ -63,6 +70,7 @@ def disable(  # noqa: PLR0913 - what is looked at, and how it is waited
     after it was retired; the second another lease later, when every transaction that was open at the first has ended. A
     first count that an earlier call recorded will do.
 
+    :param dry_run: only see whether it could be done now.
     :param wait: wait for the leases; else say how long it is still to wait.
     :param sleep: how to wait.
     :raises WrongStateError: if the key is not retired.
@@ -88,6 +96,14 @@ def disable(  # noqa: PLR0913 - what is looked at, and how it is waited
     retired_at = _retired_at(events, key_id)
     until_a_lease_after(retired_at, "processes may still encrypt under it until their leases are over")
     first = _first_count(events, key_id, retired_at + _lease(operator))
+    if first is None and dry_run:
+        with connect(operator.engine) as connection:
+            _refuse_values(targets.count(connection), key_id)
+        raise TooEarlyError(
+            f"Data key {key_id}: a count finds nothing under it now, and a second count must find nothing either, a "
+            f"lease of {operator.lease:g} seconds later. Without --dry-run, both are made.",
+            seconds=operator.lease,
+        )
     if first is None:
         first = _record_first_count(operator, key_id, targets)
     until_a_lease_after(first.occurred_at, "a second count must find nothing either, a lease after the first")
@@ -284,4 +300,7 @@ def _record_first_count(operator: Operator, key_id: str, targets: Targets) -> Ev
         details["census"] = _refuse_values(targets.count(connection), key_id).as_dict()
     with changing(operator) as change:
         change.save(change.rows, "count", key_id=key_id, details=details)
-        return _trail(change)[-1]
+        recorded = change.rows.in_control().events_hash
+    # The lock went with the commit, and others may have done something since.
+    with changing(operator) as change:
+        return next(event for event in _trail(change) if event.hash == recorded)

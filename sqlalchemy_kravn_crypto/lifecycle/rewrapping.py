@@ -70,8 +70,13 @@ def add_standby(operator: Operator, *, reason: str | None = None, dry_run: bool 
     provider, standby = _provider(operator), _standby(operator)
     done = []
     for row in _wrapped_rows(operator):
+        if _is_first_of(row, standby):
+            raise StandbyError(
+                f"{_label(row)} is wrapped by {standby.name!r} under {standby.master_key!r} in the first place: the "
+                "standby is the KMS itself. Name another in the settings KRAVN_STANDBY_KMS_…."
+            )
         if row.standby_provider is not None:
-            if usable_wrap(row, standby) is None:
+            if not _is_standby_of(row, standby):
                 raise StandbyError(
                     f"{_label(row)} has another standby already: {row.standby_provider!r} under "
                     f"{row.standby_master_key!r}. Remove it first with `kravn-crypto standby remove`."
@@ -105,6 +110,12 @@ def switch_to_standby(
     rows = _read(operator)
     swapped = rows
     for row in _wrapped(rows):
+        if _is_first_of(row, provider):
+            raise StandbyError(
+                f"{_label(row)} is wrapped by {provider.name!r} under {provider.master_key!r} in the first place "
+                "already. If the other is to be the first, deploy its settings as KRAVN_KMS_… first, with these as "
+                "KRAVN_STANDBY_KMS_…; else all is done."
+            )
         if row.standby_provider is None or not _is_standby_of(row, provider):
             raise StandbyError(
                 f"{_label(row)} has no wrap by {provider.name!r} under {provider.master_key!r} as its standby. Deploy "
@@ -182,6 +193,10 @@ def _swapped(row: KeyRow, *, lost: bool) -> KeyRow:
         standby_master_key=None if lost else row.master_key,
         standby_wrapped_key=None if lost else row.wrapped_key,
     )
+
+
+def _is_first_of(row: KeyRow, provider: KeyProvider) -> bool:
+    return row.provider == provider.name and provider.recognises(row.required("master_key"))
 
 
 def _is_standby_of(row: KeyRow, provider: KeyProvider) -> bool:
