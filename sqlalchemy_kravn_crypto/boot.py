@@ -86,8 +86,10 @@ def configure(  # noqa: PLR0913 - each is a choice of its own
         raise ConfigurationError(
             "configure() takes a synchronous Engine. For an AsyncEngine: await configure_async(engine)."
         )
+    settings = settings or settings_from_environment()
+    _refuse_fence_elsewhere(settings, key_store_engine)
     with _process.lock:
-        _configure(key_store_engine or engine, settings or settings_from_environment(), provider, run_here)
+        _configure(key_store_engine or engine, settings, provider, run_here)
     if key_store_engine is not None:
         following.follow(key_store_engine)
     following.follow(engine, key_store_engine)
@@ -115,7 +117,9 @@ async def configure_async(  # noqa: PLR0913 - as above
     def in_thread(function: Callable[[], T], /) -> T:
         return await_only(asyncio.to_thread(function))
 
-    settings = settings or await asyncio.to_thread(settings_from_environment)
+    if settings is None:
+        settings = await asyncio.to_thread(settings_from_environment)
+    _refuse_fence_elsewhere(settings, key_store_engine)
     elsewhere = None if key_store_engine is None else key_store_engine.sync_engine
     await greenlet_spawn(_configure, elsewhere or engine.sync_engine, settings, provider, in_thread)
     if elsewhere is not None:
@@ -163,6 +167,14 @@ def provision(engine: Engine, settings: Settings | None = None, *, new_database:
     if not made:
         replace(store, may_provision=False).open(engine)
     return rows
+
+
+def _refuse_fence_elsewhere(settings: Settings, key_store_engine: object) -> None:
+    if key_store_engine is not None and settings.fence.value == "transaction":
+        raise ConfigurationError(
+            "KRAVN_FENCE=transaction locks the primary in the transaction that writes, so it takes the key store in "
+            "the same database. Where it is in another, use KRAVN_FENCE=lease."
+        )
 
 
 def _configure(engine: Engine, settings: Settings, provider: KeyProvider | None, blocking: Blocking) -> None:

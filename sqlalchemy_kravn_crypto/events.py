@@ -20,7 +20,7 @@ from sqlalchemy import Connection, insert, select
 from .clock import as_utc, for_database, read_database_time
 from .derivation import length_prefixed
 from .exceptions import AuditTrailError
-from .rows import OWN_TABLES
+from .rows import OWN_TABLES, StoredRows, read_rows
 from .schema import TABLES
 
 _EVENTS: Final = TABLES.events
@@ -147,6 +147,29 @@ def read_events(connection: Connection, newest_hash: str | None) -> list[Event]:
         raise _broken("its end is not the one that kms_keys names")
     # Only now: the hashes have no key, so up to here the details may be anybody's.
     return [_event(values) for values in found]
+
+
+def read_rows_and_events(connection: Connection) -> tuple[StoredRows, list[Event]]:
+    """Return the rows of the key store and the whole trail that belongs to them, without a lock.
+
+    They are read one after the other, since not every database gives both as of one moment. If they do not belong
+    together, and the rows have changed meanwhile, they are read again. The caller's transaction ends.
+
+    :raises KeyStoreError: if a row is not one that this library writes.
+    :raises AuditTrailError: if an event was altered, left out or added.
+    """
+    rows = read_rows(connection)
+    while True:
+        connection.rollback()
+        failure = ""
+        try:
+            return rows, read_events(connection, rows.in_control().events_hash)
+        except AuditTrailError as error:
+            failure = str(error)
+        connection.rollback()
+        before, rows = rows, read_rows(connection)
+        if rows.in_control().events_hash == before.in_control().events_hash:
+            raise AuditTrailError(failure)
 
 
 def _event(values: dict[str, Any]) -> Event:

@@ -13,8 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import as_utc
 from .configuration import key_store, settings_from_environment
-from .events import Event, read_events
-from .exceptions import AuditTrailError, KravnCryptoError, NotProvisionedError
+from .events import Event, read_rows_and_events
+from .exceptions import KravnCryptoError, NotProvisionedError
 from .known_columns import recorded
 from .ledger import Progress, progress
 from .lifecycle.retirement import destroyable_at
@@ -201,24 +201,8 @@ def _with_records(
 
 
 def _verified_trail(engine: Engine) -> list[Event]:
-    """Return the events.
-
-    Rows and events are read one after the other, since not every database gives both as of one moment. If they do not
-    belong together, and the rows have changed meanwhile, they are read again.
-    """
     with connect(engine) as connection:
-        newest_hash = read_rows(connection).in_control().events_hash
-        while True:
-            connection.rollback()
-            failure = None
-            try:
-                return read_events(connection, newest_hash)
-            except AuditTrailError as error:
-                failure = str(error)
-            connection.rollback()
-            before, newest_hash = newest_hash, read_rows(connection).in_control().events_hash
-            if newest_hash == before:
-                raise AuditTrailError(failure)
+        return read_rows_and_events(connection)[1]
 
 
 def _replicas(engine: Engine) -> list[Replica]:

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlalchemy_kravn_crypto import configure, configure_async, reset
+from sqlalchemy_kravn_crypto import configure, configure_async, is_configured, reset
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.following import current, follow, resume, start, stop
@@ -473,6 +473,15 @@ def test_no_schema_translate_map_moves_what_is_looked_at(
 
 
 # --- More than one engine ---------------------------------------------------------------------------------------------
+
+
+def test_a_fence_takes_the_key_store_in_the_same_database(
+    database_url: str, tmp_path: Path, connected: Callable[..., Engine]
+) -> None:
+    key_store, values = connected(database_url), connected(f"sqlite:///{tmp_path / 'values.db'}")
+    with pytest.raises(errors.ConfigurationError, match="KRAVN_FENCE=lease"):
+        configure(values, Settings(data_dir=tmp_path, fence="transaction"), key_store_engine=key_store)
+    assert not is_configured()
 
 
 @pytest.mark.parametrize("first", ["key store", "values"])

@@ -259,6 +259,7 @@ def test_a_reader_sees_the_status_and_counts(served: Server, settings: Settings)
     primary = next(key_id for key_id, state in states(reading).items() if state is State.PRIMARY)
     assert primary in result.stdout
     assert counted.of_key(primary) == 1
+    assert evidence(operator(reading, settings), primary)["state"] == "primary"
 
 
 def test_a_reader_that_may_not_leave_a_heartbeat_reads(served: Server, serving: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..census import Census
 from ..changes import Operator, changing
-from ..events import Event, read_events
+from ..events import Event, read_rows_and_events
 from ..exceptions import WrongStateError
 from ..known_columns import forget, record
 from ..rows import connect
@@ -14,18 +14,20 @@ from .retirement import Targets
 
 
 def evidence(operator: Operator, key_id: str) -> dict[str, Any]:
-    """Return everything on record about a data key, as JSON can hold it. The trail is verified first.
+    """Return everything on record about a data key, as JSON can hold it. Rows and trail are verified first.
+
+    It only reads, so it takes no right to write.
 
     :raises WrongStateError: if there is no such data key.
     :raises AuditTrailError: if an event was altered, left out or added.
     :raises KeyStoreError: if the key store is not genuine.
     """
-    with changing(operator) as change:
-        row = change.rows.key(key_id)
-        if row is None:
-            raise WrongStateError(f"There is no data key {key_id}. `kravn-crypto status` lists them.")
-        control = change.rows.in_control()
-        events = read_events(change.connection, control.events_hash)
+    with connect(operator.engine) as connection:
+        rows, events = read_rows_and_events(connection)
+    operator.store.checked(rows, operator.store.secrets(rows))
+    row, control = rows.key(key_id), rows.in_control()
+    if row is None:
+        raise WrongStateError(f"There is no data key {key_id}. `kravn-crypto status` lists them.")
     return {
         "key_id": key_id,
         "state": row.state.value,
