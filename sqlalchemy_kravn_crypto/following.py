@@ -139,11 +139,23 @@ def _leave(watch: Watch, engine: Engine) -> None:
 
 def _run_async(apart: Engine, leave: Any) -> None:
     import asyncio  # noqa: PLC0415 - synchronous programs do without
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - as above
+    from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - as above
 
     from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - as above
 
+    class AtOnce(ThreadPoolExecutor):
+        """Looks up a host name here: when the interpreter ends, no other thread takes it on any more."""
+
+        def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(function(*arguments, **named))
+            except Exception as error:  # noqa: BLE001 - whoever waits for the result is told
+                done.set_exception(error)
+            return done
+
     async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(AtOnce())
         await greenlet_spawn(leave)
         await greenlet_spawn(apart.dispose)
 

@@ -215,7 +215,9 @@ def test_the_heartbeat_of_an_asynchronous_process_is_gone_after_it_has_ended(
 ) -> None:
     engine = create_engine(database_url)
     deployment = Deployment(engine, tmp_path)
-    with process(deployment, _ASYNCHRONOUS, asynchronous(database_url), how) as running:
+    # A name and not an address, which has to be looked up when the process ends.
+    url = asynchronous(database_url).replace("@127.0.0.1:", "@localhost:")
+    with process(deployment, _ASYNCHRONOUS, url, how) as running:
         assert int(running.stdout.readline()) == running.pid
         assert [replica.process_id for replica in beats(deployment)] == [running.pid]
         _, stderr = running.communicate("\n", timeout=60)
