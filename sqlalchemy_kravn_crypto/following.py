@@ -131,8 +131,10 @@ def _leave(watch: Watch, engine: Engine) -> None:
         if engine.dialect.is_async:
             _run_async(apart, leave)
         else:
-            leave()
-            apart.dispose()
+            try:
+                leave()
+            finally:
+                apart.dispose()
     except Exception as error:  # noqa: BLE001 - the process ends, and the row does no harm once its lease is over
         logger.debug("the heartbeat stays until its lease is over: %s", type(error).__name__)
 
@@ -156,8 +158,10 @@ def _run_async(apart: Engine, leave: Any) -> None:
 
     async def run() -> None:
         asyncio.get_running_loop().set_default_executor(AtOnce())
-        await greenlet_spawn(leave)
-        await greenlet_spawn(apart.dispose)
+        try:
+            await greenlet_spawn(leave)
+        finally:
+            await greenlet_spawn(apart.dispose)
 
     def run_apart() -> None:
         asyncio.run(run())

@@ -284,10 +284,16 @@ def test_when_the_database_is_gone_at_the_end_nothing_is_raised(
     assert numbers(engine) == []
     with sqlite_deployment.engine.begin() as connection:
         connection.execute(text("DROP TABLE kms_replicas"))
+    opened: list[object] = []
+    closed: list[object] = []
+    event.listen(engine, "connect", lambda one, _: opened.append(one))
+    event.listen(engine, "close", lambda one, _: closed.append(one))
     with caplog.at_level(logging.DEBUG, "sqlalchemy_kravn_crypto"):
         stop()
     assert "the heartbeat stays until its lease is over: OperationalError" in caplog.text
     assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+    assert len(opened) == 1
+    assert closed == opened
     stop()
     assert current() == (None, None)
 
