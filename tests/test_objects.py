@@ -207,6 +207,34 @@ def test_object_comes_back_equal_and_is_json(python_type: Any, value: Any) -> No
     assert codec.same(value, loaded)
 
 
+def filled(*elements: Any) -> set[Any]:
+    """Return a set that was filled in this order, which a literal is not."""
+    made = set[Any]()
+    for element in elements:
+        made.add(element)
+    return made
+
+
+# The three collide in a small table, so who came first is gone through first.
+EQUAL = filled(1, 9, 17), filled(17, 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [(*EQUAL, True), (EQUAL[0], {17, 9, 2}, False), ({1, 0}, {0, True}, False), ({1, 0}, {0, 1.0}, False)],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+def test_the_order_of_a_set_is_no_change(one: set[Any], other: set[Any], *, same: bool, nested: bool) -> None:
+    assert [*EQUAL[0]] != [*EQUAL[1]]
+    codec = ObjectCodec(list[dict[str, set[Any]]] if nested else set[Any])
+    assert codec.same(*([[{"tags": tags}] for tags in (one, other)] if nested else (one, other))) is same
+
+
+def test_the_order_of_a_list_is_a_change() -> None:
+    assert not ObjectCodec(list[int]).same([1, 2], [2, 1])
+    assert not ObjectCodec(tuple[int, int]).same((1, 2), (2, 1))
+
+
 def test_kind_is_that_of_the_json() -> None:
     codec = ObjectCodec(Address)
     assert codec.encode(Address(street="x", number=1)) == b'\x01{"street":"x","number":1}'

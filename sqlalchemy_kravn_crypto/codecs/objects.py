@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..exceptions import ColumnError, MalformedPayloadError, MissingExtraError
 from .base import PLAIN_KEY, unstorable
@@ -67,14 +67,24 @@ class ObjectCodec:
         if not _are_equal(one, other)[0]:
             return False
         (dumped, failure), (other_dumped, other_failure) = self._dumped(one), self._dumped(other)
-        return not failure and not other_failure and _JSON.same(dumped, other_dumped)
+        if failure or other_failure:
+            return False
+        # Equal sets may be dumped in different orders.
+        return _JSON.same(dumped, other_dumped) or _JSON.same(
+            self._in_order(one, dumped), self._in_order(other, other_dumped)
+        )
 
-    def _dumped(self, value: Any) -> tuple[Any, str]:
-        """Return a value as JSON values, or why it cannot be."""
+    def _in_order(self, value: Any, dumped: Any) -> Any:
+        """Return the JSON values of a value with those of its sets sorted."""
+        plain, failure = self._dumped(value, mode="python")
+        return dumped if failure else _sets_sorted(plain, dumped)
+
+    def _dumped(self, value: Any, *, mode: Literal["json", "python"] = "json") -> tuple[Any, str]:
+        """Return a value as JSON values, or why it cannot be; in the other mode, as Python's."""
         adapter = self._adapter()
         try:
             # For reading it again: without computed fields, and JSON in a field stays text.
-            return adapter.dump_python(value, mode="json", by_alias=True, round_trip=True, warnings="error"), ""
+            return adapter.dump_python(value, mode=mode, by_alias=True, round_trip=True, warnings="error"), ""
         except Exception as error:  # noqa: BLE001 - serializers are the user's code, and pydantic's errors hold the value
             return None, f"pydantic raises {type(error).__name__}"
 
@@ -123,6 +133,20 @@ def _are_equal(one: Any, other: Any) -> tuple[bool, str]:
         return bool(one == other), ""
     except Exception as error:  # noqa: BLE001 - the user's __eq__
         return False, f"comparing them raises {type(error).__name__}"
+
+
+def _sets_sorted(plain: Any, dumped: Any) -> Any:
+    """Return JSON values with the elements of sets in one order, whatever order those had.
+
+    :param plain: the same value as Python's own types, which tells where there are sets.
+    """
+    if isinstance(plain, set | frozenset) and isinstance(dumped, list):
+        return sorted(dumped, key=repr)
+    if isinstance(plain, dict) and isinstance(dumped, dict) and len(plain) == len(dumped):
+        return {key: _sets_sorted(of, part) for of, (key, part) in zip(plain.values(), dumped.items(), strict=True)}
+    if isinstance(plain, list | tuple) and isinstance(dumped, list) and len(plain) == len(dumped):
+        return [_sets_sorted(of, part) for of, part in zip(plain, dumped, strict=True)]
+    return dumped
 
 
 def _summary(error: Exception) -> str:
