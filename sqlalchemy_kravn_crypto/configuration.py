@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Engine
 
 from .changes import Operator
 from .exceptions import ConfigurationError
 from .keystore import NO_PROVIDER, KeyStore
+from .providers.proxy import Proxy, proxy_of
 from .watch import WatchSettings
 
 if TYPE_CHECKING:
@@ -76,10 +79,10 @@ def key_store(settings: Settings, provider: KeyProvider | None = None) -> KeySto
 
     :raises ConfigurationError: if the settings and the provider contradict each other.
     """
-    if provider is not None and settings.kms_provider.value != NO_PROVIDER:
+    if provider is not None and settings.kms_provider != NO_PROVIDER:
         raise ConfigurationError(
             f"configure() was given the provider {provider.name!r}, but the settings name "
-            f"{settings.kms_provider.value!r}. Leave one of them out."
+            f"{str(settings.kms_provider)!r}. Leave one of them out."
         )
     if provider is not None and provider.name in {"", NO_PROVIDER}:
         raise ConfigurationError(f"The provider given to configure() must have a name other than {NO_PROVIDER!r}.")
@@ -97,36 +100,114 @@ def key_store(settings: Settings, provider: KeyProvider | None = None) -> KeySto
 
 
 def provider_of(settings: Settings) -> KeyProvider | None:
-    """Construct the configured provider; the only place that imports one."""
-    from .settings import Provider  # noqa: PLC0415 - pydantic is slow to import
+    """Construct the configured provider; the only place that imports one.
 
-    match settings.kms_provider:
-        case Provider.NONE:
-            return None
-        case Provider.VAULT:
-            from .providers.vault import VaultProvider  # noqa: PLC0415 - needs an extra
+    :raises SettingsError: if one of its settings is not what it must be.
+    :raises MissingExtraError: if its packages are not installed.
+    """
+    make = _MAKERS.get(settings.kms_provider)
+    if make is not None:
+        return make(settings)
+    if settings.kms_provider == NO_PROVIDER:
+        return None
+    from .providers.discovery import provider_from  # noqa: PLC0415 - the others do without
+    from .settings import provider_prefix  # noqa: PLC0415 - pydantic is slow to import
 
-            return VaultProvider(
-                address=settings.kms_vault_addr or "",
-                token=_revealed(settings, "kms_vault_token"),
-                key=settings.kms_vault_key or "",
-                namespace=settings.kms_vault_namespace,
-                mount=settings.kms_vault_mount,
-                ca_bundle=settings.kms_vault_ca_bundle,
-            )
-        case Provider.AZURE:
-            from .providers.azure import AzureProvider  # noqa: PLC0415 - needs an extra
-
-            return AzureProvider(
-                vault_url=settings.kms_azure_vault_url or "",
-                key=settings.kms_azure_key or "",
-                tenant_id=settings.kms_azure_tenant_id or "",
-                client_id=settings.kms_azure_client_id or "",
-                client_secret=_revealed(settings, "kms_azure_client_secret"),
-                ca_bundle=settings.kms_azure_ca_bundle,
-            )
+    prefix = provider_prefix(settings.kms_provider, str(settings.model_config["env_prefix"]))
+    return provider_from(settings.kms_provider, os.environ, prefix)
 
 
-def _revealed(settings: Settings, name: str) -> str:
-    secret = getattr(settings, name)
-    return "" if secret is None else secret.get_secret_value()
+def _vault(settings: Settings) -> KeyProvider:
+    from .providers.vault import VaultProvider  # noqa: PLC0415 - needs an extra
+
+    return VaultProvider(
+        address=settings.kms_vault_addr or "",
+        token=settings.credential("kms_vault_token"),
+        key=settings.kms_vault_key or "",
+        namespace=settings.kms_vault_namespace,
+        mount=settings.kms_vault_mount,
+        ca_bundle=settings.kms_vault_ca_bundle,
+        auth=settings.kms_vault_auth.value,
+        auth_mount=settings.kms_vault_auth_mount,
+        role_id=settings.kms_vault_role_id,
+        secret_id=settings.credential("kms_vault_secret_id"),
+        role=settings.kms_vault_role,
+        jwt=settings.credential("kms_vault_jwt"),
+        client_cert=settings.kms_vault_client_cert,
+        client_key=settings.kms_vault_client_key,
+        proxy=_proxy(settings),
+    )
+
+
+def _azure(settings: Settings) -> KeyProvider:
+    from .providers.azure import AzureProvider  # noqa: PLC0415 - needs an extra
+
+    return AzureProvider(
+        vault_url=settings.kms_azure_vault_url or "",
+        key=settings.kms_azure_key or "",
+        tenant_id=settings.kms_azure_tenant_id,
+        client_id=settings.kms_azure_client_id,
+        client_secret=settings.credential("kms_azure_client_secret"),
+        ca_bundle=settings.kms_azure_ca_bundle,
+        auth=settings.kms_azure_auth.value,
+        authority=settings.kms_azure_authority,
+        client_certificate=settings.kms_azure_client_certificate,
+        client_certificate_password=settings.credential("kms_azure_client_certificate_password"),
+        federated_token=settings.credential("kms_azure_federated_token"),
+        proxy=_proxy(settings),
+    )
+
+
+def _aws(settings: Settings) -> KeyProvider:
+    from .providers.aws import AwsProvider  # noqa: PLC0415 - needs an extra
+
+    return AwsProvider(
+        key=settings.kms_aws_key or "",
+        endpoint=settings.kms_aws_endpoint,
+        ca_bundle=settings.kms_aws_ca_bundle,
+        profile=settings.kms_aws_profile,
+        role=settings.kms_aws_role,
+        external_id=settings.kms_aws_external_id,
+        proxy=_proxy(settings),
+    )
+
+
+def _gcp(settings: Settings) -> KeyProvider:
+    from .providers.gcp import GcpProvider  # noqa: PLC0415 - needs an extra
+
+    return GcpProvider(
+        key=settings.kms_gcp_key or "",
+        endpoint=settings.kms_gcp_endpoint,
+        ca_bundle=settings.kms_gcp_ca_bundle,
+        credentials=settings.credential("kms_gcp_credentials"),
+        proxy=_proxy(settings),
+    )
+
+
+def _pkcs11(settings: Settings) -> KeyProvider:
+    from .providers.pkcs11 import Pkcs11Provider  # noqa: PLC0415 - needs an extra
+
+    return Pkcs11Provider(
+        module=settings.kms_pkcs11_module or "",
+        token=settings.kms_pkcs11_token or "",
+        pin=settings.credential("kms_pkcs11_pin"),
+        key=settings.kms_pkcs11_key or "",
+        key_id=settings.kms_pkcs11_key_id,
+        mechanism=settings.kms_pkcs11_mechanism.value,
+    )
+
+
+def _proxy(settings: Settings) -> Proxy | None:
+    password = settings.kms_proxy_password
+    return proxy_of(
+        settings.kms_proxy, settings.kms_proxy_user, None if password is None else password.get_secret_value()
+    )
+
+
+_MAKERS: Final[dict[str, Callable[[Settings], KeyProvider]]] = {
+    "vault": _vault,
+    "azure": _azure,
+    "aws": _aws,
+    "gcp": _gcp,
+    "pkcs11": _pkcs11,
+}

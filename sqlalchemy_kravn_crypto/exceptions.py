@@ -150,6 +150,14 @@ class ProviderDeniedError(ProviderError):
     """The KMS refused the credentials, or they lack the right that was needed."""
 
 
+class CredentialExpiredError(ProviderDeniedError):
+    """What was to be logged in with, or the login itself, is no longer valid: it has expired or was revoked."""
+
+
+class CredentialError(ProviderError):
+    """What is to be logged in with cannot be had: its file cannot be read, or it is malformed."""
+
+
 class MasterKeyNotFoundError(ProviderError):
     """The KMS has no such master key, or no such mount, namespace or vault."""
 

@@ -12,13 +12,31 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from . import provider_settings
 from .bootstrap import MIN_SECRET_LENGTH, SECRET_FILE_NAME, STRONG_SECRET_LENGTH
 from .derivation import KEY_ID_SIZE
 from .exceptions import SettingsError
+from .provider_settings import AzureAuth, Mechanism, Provider, ProviderSettings, VaultAuth, required
+from .providers.credentials import Credential, read_secret
+from .providers.discovery import installed
 from .secrecy import KeepsSecret
+
+__all__ = [
+    "PREFIX",
+    "SECRETS",
+    "STANDBY_PREFIX",
+    "AzureAuth",
+    "Fence",
+    "Mechanism",
+    "Provider",
+    "Provision",
+    "Settings",
+    "StandbySettings",
+    "VaultAuth",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +44,15 @@ PREFIX: Final = "KRAVN_"
 STANDBY_PREFIX: Final = "KRAVN_STANDBY_"
 """Before the settings of a second KMS, that only the commands on a standby read."""
 
-SECRETS: Final = ("secret", "secret_next", "secret_retired", "kms_vault_token", "kms_azure_client_secret")
+SECRETS: Final = ("secret", "secret_next", "secret_retired", *provider_settings.SECRETS)
 """The settings that are secrets. Each has a form that ends in ``_FILE`` and names a file that holds it."""
 
 MAX_TIMEOUT: Final = 120.0
 """Bound on ``KRAVN_KMS_TIMEOUT``, in seconds; the lock on the key store is held meanwhile."""
 
-_MAX_SECRET_FILE_SIZE: Final = 65_536  # bytes
 _SIMILAR: Final = 0.84  # ratio from which difflib's measure means a slip of the finger: one or two letters in a name
 _KUBERNETES: Final = re.compile(r"KRAVN_(.*_)?(SERVICE_(HOST|PORT).*|PORT(_.*)?)")
 _KEY_ID: Final = re.compile(rf"[0-9a-f]{{{2 * KEY_ID_SIZE}}}")
-
-
-class Provider(StrEnum):
-    """Which KMS wraps the data keys."""
-
-    NONE = "none"
-    VAULT = "vault"
-    AZURE = "azure"
 
 
 class Provision(StrEnum):
@@ -60,7 +69,7 @@ class Fence(StrEnum):
     TRANSACTION = "transaction"
 
 
-class Settings(KeepsSecret, BaseSettings):
+class Settings(KeepsSecret, ProviderSettings, BaseSettings):
     """All settings. Each is read from the environment variable of its name, in capitals, behind ``KRAVN_``.
 
     Given in code they are named without the prefix, as in ``Settings(kms_provider="vault")``; what is not given comes
@@ -106,7 +115,9 @@ class Settings(KeepsSecret, BaseSettings):
     deployment_id: UUID | None = None
     """What the key store must say; a cloned database with an id of its own is refused."""
 
-    kms_provider: Provider = Provider.NONE
+    kms_provider: str = Provider.NONE
+    """A :class:`Provider`, or the name of an entry point."""
+
     kms_provision: Provision = Provision.AUTO
     """``never`` leaves making the first data key to ``kravn-crypto provision``."""
 
@@ -116,19 +127,8 @@ class Settings(KeepsSecret, BaseSettings):
     kms_pinned_keys: Annotated[frozenset[str], NoDecode] = frozenset()
     """The key ids that may be loaded, separated by commas or spaces."""
 
-    kms_vault_addr: str | None = None
-    kms_vault_token: SecretStr | None = None
-    kms_vault_key: str | None = None
-    kms_vault_namespace: str | None = None
-    kms_vault_mount: str = "transit"
-    kms_vault_ca_bundle: Path | None = None
-
-    kms_azure_vault_url: str | None = None
-    kms_azure_key: str | None = None
-    kms_azure_tenant_id: str | None = None
-    kms_azure_client_id: str | None = None
-    kms_azure_client_secret: SecretStr | None = None
-    kms_azure_ca_bundle: Path | None = None
+    # Where those secrets are read from that are in files.
+    _files: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
         message = ""
@@ -139,6 +139,8 @@ class Settings(KeepsSecret, BaseSettings):
             message = "; ".join(_described(details, str(self.model_config["env_prefix"])) for details in found)
         if message:
             raise SettingsError(message)
+        in_files = {name: self._file_of(name) for name in SECRETS if name not in values}
+        self._files = {name: path for name, path in in_files.items() if path is not None}
         self._check_whole()
 
     @classmethod
@@ -161,6 +163,17 @@ class Settings(KeepsSecret, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Look in the code, the environment, and the files that the environment names."""
         return init_settings, env_settings, _SecretFiles(settings_cls)
+
+    @field_validator("kms_provider")
+    @classmethod
+    def _check_provider(cls, value: str) -> str:
+        built_in = [provider.value for provider in Provider]
+        if value in built_in:
+            return Provider(value)
+        if value not in installed():
+            msg = f"must be one of {', '.join([*built_in, *sorted(installed())])}"
+            raise ValueError(msg)
+        return value
 
     @field_validator("kms_pinned_keys", mode="before")
     @classmethod
@@ -188,21 +201,23 @@ class Settings(KeepsSecret, BaseSettings):
                 f"KRAVN_LEASE is {self.lease:g} seconds: it must be at least twice KRAVN_LOOK_INTERVAL "
                 f"({self.look_interval:g}), or one look that fails keeps a process from writing."
             )
-        required = {
-            Provider.NONE: (),
-            Provider.VAULT: ("kms_vault_addr", "kms_vault_token", "kms_vault_key"),
-            Provider.AZURE: (
-                "kms_azure_vault_url",
-                "kms_azure_key",
-                "kms_azure_tenant_id",
-                "kms_azure_client_id",
-                "kms_azure_client_secret",
-            ),
-        }[self.kms_provider]
         prefix = str(self.model_config["env_prefix"])
-        missing = [prefix + name.upper() for name in required if not getattr(self, name)]
+        missing = [prefix + name.upper() for name in required(self, self.kms_provider) if not getattr(self, name)]
         if missing:
-            raise SettingsError(f"{prefix}KMS_PROVIDER={self.kms_provider.value} also needs {', '.join(missing)}.")
+            raise SettingsError(f"{prefix}KMS_PROVIDER={self.kms_provider} also needs {', '.join(missing)}.")
+
+    def credential(self, name: str) -> Credential | None:
+        """Return a secret that is needed at every KMS operation: read anew then, if it is in a file."""
+        path, value = self._files.get(name), getattr(self, name)
+        setting = str(self.model_config["env_prefix"]) + name.upper()
+        if path is not None:
+            return Credential(setting, path=path)
+        return None if value is None else Credential(setting, value=value.get_secret_value())
+
+    @classmethod
+    def _file_of(cls, name: str) -> Path | None:
+        path = _from_environment(f"{cls.model_config['env_prefix']}{name.upper()}_FILE")
+        return Path(path) if path else None
 
     def weaknesses(self) -> list[str]:
         """Return what is accepted but should be better."""
@@ -246,7 +261,7 @@ class StandbySettings(Settings):
         """
         refuse_misspelt(os.environ)
         settings = cls()
-        if settings.kms_provider is Provider.NONE:
+        if settings.kms_provider == Provider.NONE:
             raise SettingsError(
                 "There is no standby KMS: set KRAVN_STANDBY_KMS_PROVIDER and the settings that go with it."
             )
@@ -278,16 +293,9 @@ def _from_environment(name: str) -> str | None:
 def _read_secret(name: str, path: Path) -> str:
     if _from_environment(name):
         raise SettingsError(f"{name} and {name}_FILE are both set. Unset one of them.")
-    reason, content = None, ""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_SECRET_FILE_SIZE).decode().strip()
-    except OSError as error:
-        reason = error.strerror
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8 text"
-    if reason is not None or not content:
-        raise SettingsError(f"{name}_FILE names {path}, which cannot be used: {reason or 'it is empty'}.")
+    content, reason = read_secret(path)
+    if reason:
+        raise SettingsError(f"{name}_FILE names {path}, which cannot be used: {reason}.")
     return content
 
 
@@ -303,13 +311,26 @@ def known_variables() -> tuple[str, ...]:
     return (*own, *(STANDBY_PREFIX + name for name in of_kms))
 
 
+def provider_prefix(provider: str, prefix: str = PREFIX) -> str:
+    """Return what the variables of a provider begin with."""
+    return f"{prefix}KMS_{provider.upper()}_"
+
+
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables that look like settings but are none; what Kubernetes sets for a service does not count."""
+    """Return the variables that look like settings but are none.
+
+    What Kubernetes sets for a service does not count, nor what is of a provider that an entry point adds: its own
+    settings are looked at when it is made.
+    """
     known = known_variables()
+    foreign = tuple(provider_prefix(name, prefix) for name in installed() for prefix in (PREFIX, STANDBY_PREFIX))
     return sorted(
         name
         for name in environment
-        if name.upper().startswith(PREFIX) and name.upper() not in known and not _KUBERNETES.fullmatch(name.upper())
+        if (found := name.upper()).startswith(PREFIX)
+        and found not in known
+        and not found.startswith(foreign)
+        and not _KUBERNETES.fullmatch(found)
     )
 
 

@@ -23,6 +23,7 @@ from .rows import KeyRow, StoredRows, connect, read_rows
 from .schema import State
 
 if TYPE_CHECKING:
+    from .providers.base import KeyProvider
     from .settings import Settings
 
 T = TypeVar("T")
@@ -120,11 +121,13 @@ class Status:
     problems: tuple[Problem, ...] = ()
 
 
-def status(engine: Engine, settings: Settings | None = None) -> Status:
+def status(engine: Engine, settings: Settings | None = None, *, provider: KeyProvider | None = None) -> Status:
     """Try everything that a boot does, verify the audit trail, and report instead of raising.
 
     That is one KMS call for each live data key; before the first boot, a throw-away key is wrapped and unwrapped. The
     database is only read: the right to SELECT from the tables will do.
+
+    :param provider: the KMS, in place of one that the settings name.
     """
     from .settings import unknown_variables  # noqa: PLC0415 - pydantic is slow to import
 
@@ -136,11 +139,11 @@ def status(engine: Engine, settings: Settings | None = None) -> Status:
     if settings is not None:
         found = replace(
             found,
-            provider=settings.kms_provider.value,
+            provider=str(settings.kms_provider),
             secret_file=str(settings.secret_file),
             warnings=tuple(settings.weaknesses()),
         )
-        _try_boot(engine, settings, rows, problems)
+        _try_boot(engine, settings, provider, rows, problems)
     if rows is not None and rows.control is not None:
         found = _with_records(found, engine, settings, rows, problems)
     return replace(found, problems=tuple(problems))
@@ -167,8 +170,14 @@ def _read(engine: Engine) -> StoredRows:
         return read_rows(connection)
 
 
-def _try_boot(engine: Engine, settings: Settings, rows: StoredRows | None, problems: list[Problem]) -> None:
-    store = _reported(problems, lambda: key_store(settings))
+def _try_boot(
+    engine: Engine,
+    settings: Settings,
+    provider: KeyProvider | None,
+    rows: StoredRows | None,
+    problems: list[Problem],
+) -> None:
+    store = _reported(problems, lambda: key_store(settings, provider))
     if store is None or rows is None:
         return
     _reported(problems, lambda: replace(store, may_provision=False).open(engine))

@@ -42,7 +42,7 @@ class FakeKMS(KeyProvider):
     binds = True
 
     def __init__(self, name: str = "fake") -> None:
-        self.name = name  # type: ignore[misc] # several may be in one process
+        self.name = name
         self.calls: Counter[str] = Counter()
         """How often it was asked to ``wrap`` and to ``unwrap``."""
         self.slow: float | threading.Event = 0.0
@@ -67,18 +67,22 @@ class FakeKMS(KeyProvider):
         """Tell whether a recorded master key is a version of this one."""
         return master_key.rpartition(":v")[0] == self.master_key
 
-    def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:  # noqa: ARG002 - the caller goes on at the deadline
+    def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:
         """Wrap a data key, unless a switch says otherwise."""
+        deadline.remaining(self.name)
         self._answer("wrap")
         nonce = os.urandom(_NONCE_SIZE)
         return WrappedKey(f"{self.master_key}:v1", nonce + self._aead.encrypt(nonce, data_key, binding))
 
-    def unwrap(self, wrapped: WrappedKey, binding: bytes, deadline: Deadline) -> bytes:  # noqa: ARG002 - as above
+    def unwrap(self, wrapped: WrappedKey, binding: bytes, deadline: Deadline) -> bytes:
         """Unwrap a data key, unless a switch says otherwise."""
+        deadline.remaining(self.name)
         self._answer("unwrap")
+        key = b""
         try:
-            key = self._aead.decrypt(wrapped.blob[:_NONCE_SIZE], wrapped.blob[_NONCE_SIZE:], binding)
-        except InvalidTag:
+            if self.recognises(wrapped.master_key):
+                key = self._aead.decrypt(wrapped.blob[:_NONCE_SIZE], wrapped.blob[_NONCE_SIZE:], binding)
+        except (InvalidTag, ValueError):  # a nonce that is too short is a ValueError
             key = b""
         if not key:
             raise UnwrapRefusedError("The fake KMS did not wrap this, or under another binding.", provider=self.name)

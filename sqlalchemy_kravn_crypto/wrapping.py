@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.constant_time import bytes_eq
 
 from .derivation import KEY_SIZE, key_id_of, length_prefixed
 from .exceptions import (
+    CredentialExpiredError,
     MalformedRowError,
     ProviderDeniedError,
     ProviderResponseError,
@@ -69,7 +70,7 @@ def wrap(  # noqa: PLR0913 - what a wrapped key is bound to, and how long it may
         return blocking(lambda: run_within(deadline, provider.name, [lambda: operation(deadline)]))[0]
 
     wrapped = within(lambda deadline: provider.wrap(key, bound, deadline))
-    if not bytes_eq(within(lambda deadline: provider.unwrap(wrapped, bound, deadline)), key):
+    if not bytes_eq(within(lambda deadline: _unwrapped(provider, wrapped, bound, deadline)), key):
         raise WrongKeyError(
             f"The {provider.name} KMS unwrapped the new key to something else. It was not stored; check that the "
             "address is really that of your KMS.",
@@ -115,7 +116,7 @@ def unwrapping(provider: KeyProvider, row: KeyRow, deployment_id: str, deadline:
     if wrapped is None:
         raise MalformedRowError(f"Row {row.id} of kms_keys holds no key that {provider.name!r} wrapped.")
     bound = row_binding(row, deployment_id)
-    return lambda: provider.unwrap(wrapped, bound, deadline)
+    return lambda: _unwrapped(provider, wrapped, bound, deadline)
 
 
 def _key_id(row: KeyRow, column: str) -> bytes:
@@ -143,9 +144,21 @@ def checked_key(row: KeyRow, key: bytes) -> DataKey:
     return data_key
 
 
+def _unwrapped(provider: KeyProvider, wrapped: WrappedKey, bound: bytes, deadline: Deadline) -> bytes:
+    key: object = provider.unwrap(wrapped, bound, deadline)
+    if isinstance(key, bytes):
+        return key
+    raise ProviderResponseError(
+        f"The {provider.name} provider returned what is no bytes. This is a defect of the provider; report it there.",
+        provider=provider.name,
+    )
+
+
 def _unwraps(provider: KeyProvider, wrapped: WrappedKey, bound: bytes, deadline: Deadline) -> bool:
     try:
         provider.unwrap(wrapped, bound, deadline)
+    except CredentialExpiredError:  # it was not looked at
+        raise
     except (UnwrapRefusedError, ProviderDeniedError):  # a policy that pins the associated data denies all other
         return False
     return True

@@ -144,8 +144,8 @@ class HostileServer:
         head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
         fields = [line.partition(b":") for line in head.lower().split(b"\r\n")]
         length = next((int(value) for name, _, value in fields if name == b"content-length"), 0)
-        while len(body) < length:
-            body += connection.recv(65536)
+        while len(body) < length and (received := connection.recv(65536)):
+            body += received
         self.requests.append(head + b"\r\n\r\n" + body)
         self.raw(connection, body)
 

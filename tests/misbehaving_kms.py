@@ -7,8 +7,8 @@ from sqlalchemy_kravn_crypto.testing import FakeKMS
 class MisbehavingKMS(FakeKMS):
     def __init__(self, *, name: str = "vault", authenticates: bool = True, binds: bool = True) -> None:
         super().__init__(name)
-        self.authenticates = authenticates  # type: ignore[misc] # a test has several in one process
-        self.binds = binds  # type: ignore[misc] # the same
+        self.authenticates = authenticates
+        self.binds = binds
         self.ignores_binding = False
         self.returns: bytes | None = None
         self.raises: Exception | None = None

@@ -252,6 +252,37 @@ def test_a_kms_that_ignores_the_binding_is_refused_before_anything_is_stored(
     assert stored(engine) == []
 
 
+def test_a_credential_that_expires_before_the_binding_is_tried_does_not_count_as_a_refusal(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
+    class Expiring(MisbehavingKMS):
+        def _answer(self, operation: str) -> None:
+            super()._answer(operation)
+            if self.calls["unwrap"] == 2:
+                raise errors.CredentialExpiredError("expired", provider=self.name)
+
+    expiring = Expiring()
+    expiring.ignores_binding = True
+    with pytest.raises(errors.CredentialExpiredError):
+        store(expiring).open(engine)
+    assert stored(engine) == []
+    assert expiring.calls["unwrap"] == 2
+
+
+@pytest.mark.parametrize("returned", [bytearray(32), "x" * 32, 32])
+def test_a_provider_that_returns_no_bytes_is_refused(engine: Engine, store: Any, returned: Any) -> None:
+    kms = MisbehavingKMS()
+    kms.returns = returned
+    with pytest.raises(errors.ProviderResponseError, match="no bytes"):
+        store(kms).open(engine)
+    assert stored(engine) == []
+    kms.returns = None
+    store(kms).open(engine)
+    kms.returns = returned
+    with pytest.raises(errors.ProviderResponseError, match="no bytes"):
+        store(kms).open(engine)
+
+
 @pytest.mark.parametrize("returned", [b"", b"x" * 31, b"x" * 32, b"x" * 33])
 def test_another_key_than_was_wrapped_stops_the_boot(
     engine: Engine, store: Any, kms: MisbehavingKMS, returned: bytes

@@ -11,7 +11,18 @@ import pytest
 from pydantic import SecretStr
 
 from sqlalchemy_kravn_crypto.exceptions import SettingsError
-from sqlalchemy_kravn_crypto.settings import Fence, Provider, Provision, Settings, known_variables, unknown_variables
+from sqlalchemy_kravn_crypto.providers.credentials import Credential
+from sqlalchemy_kravn_crypto.settings import (
+    AzureAuth,
+    Fence,
+    Mechanism,
+    Provider,
+    Provision,
+    Settings,
+    VaultAuth,
+    known_variables,
+    unknown_variables,
+)
 from tests.leaks import leaked
 
 MARKER = "S3CR3T" + "-marker-that-is-long-enough"
@@ -32,7 +43,78 @@ AZURE = {
     "KRAVN_KMS_AZURE_CLIENT_ID": "client",
     "KRAVN_KMS_AZURE_CLIENT_SECRET": MARKER,
 }
-SECRET_VARIABLES = ["KRAVN_SECRET", "KRAVN_KMS_VAULT_TOKEN", "KRAVN_KMS_AZURE_CLIENT_SECRET"]
+AWS = {"KRAVN_KMS_PROVIDER": "aws", "KRAVN_KMS_AWS_KEY": "arn:aws:kms:eu-central-1:111122223333:key/kravn"}
+GCP = {"KRAVN_KMS_PROVIDER": "gcp", "KRAVN_KMS_GCP_KEY": "projects/p/locations/l/keyRings/r/cryptoKeys/k"}
+PKCS11 = {
+    "KRAVN_KMS_PROVIDER": "pkcs11",
+    "KRAVN_KMS_PKCS11_MODULE": "/usr/lib/hsm.so",
+    "KRAVN_KMS_PKCS11_TOKEN": "bank",
+    "KRAVN_KMS_PKCS11_PIN": MARKER,
+    "KRAVN_KMS_PKCS11_KEY": "kravn",
+}
+# What else logs in, each with all that its provider needs.
+APPROLE = {
+    **{name: value for name, value in VAULT.items() if not name.endswith("TOKEN")},
+    "KRAVN_KMS_VAULT_AUTH": "approle",
+    "KRAVN_KMS_VAULT_ROLE_ID": "role",
+    "KRAVN_KMS_VAULT_SECRET_ID": MARKER,
+}
+KUBERNETES = {
+    **{name: value for name, value in VAULT.items() if not name.endswith("TOKEN")},
+    "KRAVN_KMS_VAULT_AUTH": "kubernetes",
+    "KRAVN_KMS_VAULT_ROLE": "role",
+}
+JWT = {**KUBERNETES, "KRAVN_KMS_VAULT_AUTH": "jwt", "KRAVN_KMS_VAULT_JWT": MARKER}
+CERT = {
+    **{name: value for name, value in VAULT.items() if not name.endswith("TOKEN")},
+    "KRAVN_KMS_VAULT_AUTH": "cert",
+    "KRAVN_KMS_VAULT_CLIENT_CERT": "cert.pem",
+    "KRAVN_KMS_VAULT_CLIENT_KEY": "key.pem",
+}
+CERTIFICATE = {
+    **{name: value for name, value in AZURE.items() if not name.endswith("CLIENT_SECRET")},
+    "KRAVN_KMS_AZURE_AUTH": "certificate",
+    "KRAVN_KMS_AZURE_CLIENT_CERTIFICATE": "cert.pem",
+}
+WORKLOAD = {
+    **{name: value for name, value in AZURE.items() if not name.endswith("CLIENT_SECRET")},
+    "KRAVN_KMS_AZURE_AUTH": "workload",
+    "KRAVN_KMS_AZURE_FEDERATED_TOKEN": MARKER,
+}
+MANAGED = {
+    "KRAVN_KMS_PROVIDER": "azure",
+    "KRAVN_KMS_AZURE_VAULT_URL": "https://example.vault.azure.net",
+    "KRAVN_KMS_AZURE_KEY": "kravn",
+    "KRAVN_KMS_AZURE_AUTH": "managed",
+}
+PROVIDERS = {
+    "vault": VAULT,
+    "azure": AZURE,
+    "aws": AWS,
+    "gcp": GCP,
+    "pkcs11": PKCS11,
+    "vault-approle": APPROLE,
+    "vault-kubernetes": KUBERNETES,
+    "vault-jwt": JWT,
+    "vault-cert": CERT,
+    "azure-certificate": CERTIFICATE,
+    "azure-workload": WORKLOAD,
+    "azure-managed": MANAGED,
+}
+SECRET_VARIABLES = [
+    "KRAVN_SECRET",
+    "KRAVN_KMS_PROXY_PASSWORD",
+    "KRAVN_KMS_VAULT_TOKEN",
+    "KRAVN_KMS_VAULT_SECRET_ID",
+    "KRAVN_KMS_VAULT_JWT",
+    "KRAVN_KMS_AZURE_CLIENT_SECRET",
+    "KRAVN_KMS_AZURE_CLIENT_CERTIFICATE_PASSWORD",
+    "KRAVN_KMS_AZURE_FEDERATED_TOKEN",
+    "KRAVN_KMS_GCP_CREDENTIALS",
+    "KRAVN_KMS_PKCS11_PIN",
+]
+CHOICES = {"KRAVN_KMS_PROVIDER", "KRAVN_KMS_VAULT_AUTH", "KRAVN_KMS_AZURE_AUTH"}
+"""What says which settings are needed."""
 
 Environment = Callable[..., None]
 
@@ -85,6 +167,38 @@ def plain(value: Any) -> Any:
         ("KRAVN_KMS_AZURE_CLIENT_ID", "client", "client"),
         ("KRAVN_KMS_AZURE_CLIENT_SECRET", "client secret", "client secret"),
         ("KRAVN_KMS_AZURE_CA_BUNDLE", "ca.pem", Path("ca.pem")),
+        ("KRAVN_KMS_PROXY", "http://proxy:3128", "http://proxy:3128"),
+        ("KRAVN_KMS_PROXY_USER", "user", "user"),
+        ("KRAVN_KMS_PROXY_PASSWORD", "password", "password"),
+        ("KRAVN_KMS_VAULT_AUTH", "approle", VaultAuth.APPROLE),
+        ("KRAVN_KMS_VAULT_AUTH_MOUNT", "kube/a", "kube/a"),
+        ("KRAVN_KMS_VAULT_ROLE_ID", "role id", "role id"),
+        ("KRAVN_KMS_VAULT_SECRET_ID", "secret id", "secret id"),
+        ("KRAVN_KMS_VAULT_ROLE", "role", "role"),
+        ("KRAVN_KMS_VAULT_JWT", "jwt", "jwt"),
+        ("KRAVN_KMS_VAULT_CLIENT_CERT", "cert.pem", Path("cert.pem")),
+        ("KRAVN_KMS_VAULT_CLIENT_KEY", "key.pem", Path("key.pem")),
+        ("KRAVN_KMS_AZURE_AUTH", "managed", AzureAuth.MANAGED),
+        ("KRAVN_KMS_AZURE_AUTHORITY", "https://login.example", "https://login.example"),
+        ("KRAVN_KMS_AZURE_CLIENT_CERTIFICATE", "cert.pem", Path("cert.pem")),
+        ("KRAVN_KMS_AZURE_CLIENT_CERTIFICATE_PASSWORD", "password", "password"),
+        ("KRAVN_KMS_AZURE_FEDERATED_TOKEN", "token", "token"),
+        ("KRAVN_KMS_AWS_KEY", "arn", "arn"),
+        ("KRAVN_KMS_AWS_ENDPOINT", "https://kms.example", "https://kms.example"),
+        ("KRAVN_KMS_AWS_CA_BUNDLE", "ca.pem", Path("ca.pem")),
+        ("KRAVN_KMS_AWS_PROFILE", "bank", "bank"),
+        ("KRAVN_KMS_AWS_ROLE", "arn", "arn"),
+        ("KRAVN_KMS_AWS_EXTERNAL_ID", "id", "id"),
+        ("KRAVN_KMS_GCP_KEY", "key", "key"),
+        ("KRAVN_KMS_GCP_ENDPOINT", "kms.example", "kms.example"),
+        ("KRAVN_KMS_GCP_CA_BUNDLE", "ca.pem", Path("ca.pem")),
+        ("KRAVN_KMS_GCP_CREDENTIALS", "{}", "{}"),
+        ("KRAVN_KMS_PKCS11_MODULE", "/usr/lib/hsm.so", Path("/usr/lib/hsm.so")),
+        ("KRAVN_KMS_PKCS11_TOKEN", "bank", "bank"),
+        ("KRAVN_KMS_PKCS11_PIN", "1234", "1234"),
+        ("KRAVN_KMS_PKCS11_KEY", "key", "key"),
+        ("KRAVN_KMS_PKCS11_KEY_ID", "0a", "0a"),
+        ("KRAVN_KMS_PKCS11_MECHANISM", "aes-kwp", Mechanism.KWP),
     ],
 )
 def test_each_variable_is_read(environment: Environment, variable: str, written: str, expected: Any) -> None:
@@ -123,6 +237,38 @@ DEFAULTS: dict[str, Any] = {
     "kms_azure_client_id": None,
     "kms_azure_client_secret": None,
     "kms_azure_ca_bundle": None,
+    "kms_proxy": None,
+    "kms_proxy_user": None,
+    "kms_proxy_password": None,
+    "kms_vault_auth": VaultAuth.TOKEN,
+    "kms_vault_auth_mount": None,
+    "kms_vault_role_id": None,
+    "kms_vault_secret_id": None,
+    "kms_vault_role": None,
+    "kms_vault_jwt": None,
+    "kms_vault_client_cert": None,
+    "kms_vault_client_key": None,
+    "kms_azure_auth": AzureAuth.SECRET,
+    "kms_azure_authority": None,
+    "kms_azure_client_certificate": None,
+    "kms_azure_client_certificate_password": None,
+    "kms_azure_federated_token": None,
+    "kms_aws_key": None,
+    "kms_aws_endpoint": None,
+    "kms_aws_ca_bundle": None,
+    "kms_aws_profile": None,
+    "kms_aws_role": None,
+    "kms_aws_external_id": None,
+    "kms_gcp_key": None,
+    "kms_gcp_endpoint": None,
+    "kms_gcp_ca_bundle": None,
+    "kms_gcp_credentials": None,
+    "kms_pkcs11_module": None,
+    "kms_pkcs11_token": None,
+    "kms_pkcs11_pin": None,
+    "kms_pkcs11_key": None,
+    "kms_pkcs11_key_id": None,
+    "kms_pkcs11_mechanism": Mechanism.GCM,
 }
 
 
@@ -136,12 +282,13 @@ def test_empty_variable_is_one_that_is_not_set(environment: Environment) -> None
     assert Settings.from_environment().model_dump() == DEFAULTS
 
 
-@pytest.mark.parametrize("variables", [VAULT, AZURE], ids=["vault", "azure"])
+@pytest.mark.parametrize("variables", PROVIDERS.values(), ids=PROVIDERS)
 def test_provider_with_all_that_it_needs_is_accepted(environment: Environment, variables: dict[str, str]) -> None:
     environment(variables)
     settings = Settings.from_environment()
     for name, value in variables.items():
-        assert plain(getattr(settings, name.removeprefix("KRAVN_").lower())) == value
+        found = plain(getattr(settings, name.removeprefix("KRAVN_").lower()))
+        assert (str(found) if isinstance(found, Path) else found) == value
 
 
 def test_white_space_around_a_value_is_not_part_of_it(environment: Environment) -> None:
@@ -207,7 +354,7 @@ def set_up(variable: str) -> dict[str, str]:
     """Return what else must be set so that one secret is all that is missing."""
     return {
         name: value
-        for variables in (VAULT, AZURE)
+        for variables in (VAULT, AZURE, APPROLE, JWT, WORKLOAD, PKCS11)
         if variable in variables
         for name, value in variables.items()
         if name != variable
@@ -270,6 +417,30 @@ def test_directory_is_no_file_of_a_secret(environment: Environment, tmp_path: Pa
     environment({"KRAVN_SECRET_FILE": str(tmp_path)})
     with pytest.raises(SettingsError, match="Is a directory"):
         Settings.from_environment()
+
+
+def test_a_secret_in_a_file_is_read_anew_whenever_a_provider_needs_it(environment: Environment, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("first")
+    environment({**set_up("KRAVN_KMS_VAULT_TOKEN"), "KRAVN_KMS_VAULT_TOKEN_FILE": str(file)})
+    credential = Settings.from_environment().credential("kms_vault_token")
+    assert credential is not None
+    assert credential.reveal("vault") == "first"
+    file.write_text("second\n")
+    assert credential.reveal("vault") == "second"
+
+
+def test_a_secret_that_is_given_is_not_looked_for_in_the_file(environment: Environment, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("in the file")
+    environment({**set_up("KRAVN_KMS_VAULT_TOKEN"), "KRAVN_KMS_VAULT_TOKEN_FILE": str(file)})
+    credential = Settings(kms_vault_token="given").credential("kms_vault_token")
+    assert isinstance(credential, Credential)
+    assert credential.reveal("vault") == "given"
+
+
+def test_a_secret_that_is_not_set_is_none() -> None:
+    assert Settings().credential("kms_vault_token") is None
 
 
 # --- Strength --------------------------------------------------------------------------------------------------------
@@ -379,10 +550,10 @@ def test_no_known_name_is_unknown_and_all_of_the_others_are_listed() -> None:
 # --- What is missing or wrong ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variables", [VAULT, AZURE], ids=["vault", "azure"])
+@pytest.mark.parametrize("variables", PROVIDERS.values(), ids=PROVIDERS)
 def test_all_that_a_provider_misses_is_named(environment: Environment, variables: dict[str, str]) -> None:
-    required = [name for name in variables if name != "KRAVN_KMS_PROVIDER"]
-    environment({"KRAVN_KMS_PROVIDER": variables["KRAVN_KMS_PROVIDER"]})
+    required = [name for name in variables if name not in CHOICES]
+    environment({name: value for name, value in variables.items() if name in CHOICES})
     with pytest.raises(SettingsError) as caught:
         Settings.from_environment()
     assert [name for name in required if name not in str(caught.value)] == []
@@ -390,7 +561,7 @@ def test_all_that_a_provider_misses_is_named(environment: Environment, variables
 
 @pytest.mark.parametrize(
     ("variables", "missing"),
-    [(variables, name) for variables in (VAULT, AZURE) for name in variables if name != "KRAVN_KMS_PROVIDER"],
+    [(variables, name) for variables in PROVIDERS.values() for name in variables if name not in CHOICES],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_only_what_a_provider_misses_is_named(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import ClassVar, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from ..exceptions import ProviderError, ProviderResponseError, ProviderUnavailableError
 from ..secrecy import KeepsSecret
@@ -46,6 +47,29 @@ class WrappedKey:
             raise ProviderResponseError(f"A wrapped key must be 1 to {MAX_WRAPPED_KEY_SIZE} bytes long.")
 
 
+class Level(StrEnum):
+    """How much what was found about a configuration matters."""
+
+    GOOD = "good"
+    WARNING = "warning"
+    BAD = "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found out about a configuration.
+
+    :ivar subject: what it is about, in a word or two, such as ``credentials``.
+    :ivar message: what was found. No secret is in it.
+    :ivar advice: what to do, if anything.
+    """
+
+    subject: str
+    level: Level
+    message: str
+    advice: str = ""
+
+
 class Deadline:
     """A moment on the monotonic clock that one whole KMS operation must not pass.
 
@@ -79,27 +103,30 @@ class Deadline:
 class KeyProvider(KeepsSecret, ABC):
     """Wraps and unwraps data keys under one master key of one KMS.
 
-    A provider keeps no connection between calls and is safe to call from several threads at once. It raises only
-    subclasses of :class:`~sqlalchemy_kravn_crypto.exceptions.ProviderError`.
+    A subclass has a name, and the two methods. It keeps no connection between calls and is safe to call from several
+    threads at once. It raises only subclasses of :class:`~sqlalchemy_kravn_crypto.exceptions.ProviderError`.
     """
 
-    name: ClassVar[str]
-    """The provider's name, as in ``KRAVN_KMS_PROVIDER``."""
+    name: str
+    """The provider's name, as in ``KRAVN_KMS_PROVIDER``: up to 32 characters, recorded with every key."""
 
-    authenticates: ClassVar[bool]
+    authenticates: bool = False
     """Whether only somebody with rights in the KMS can have made a wrapped key that unwraps."""
 
-    binds: ClassVar[bool]
+    binds: bool = False
     """Whether the KMS refuses to unwrap under another binding than it wrapped under."""
 
     @property
-    @abstractmethod
     def master_key(self) -> str:
-        """Where the configured master key is, without its version; for messages."""
+        """Where the configured master key is, without its version. By default the provider has one only."""
+        return self.name
 
-    @abstractmethod
     def recognises(self, master_key: str) -> bool:
-        """Tell whether the recorded ``WrappedKey.master_key`` is a version of the configured master key."""
+        """Tell whether the recorded ``WrappedKey.master_key`` is the configured one, or a version of it.
+
+        By default a version is what follows ``:v``.
+        """
+        return master_key == self.master_key or master_key.rpartition(":v")[0] == self.master_key
 
     @abstractmethod
     def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:
@@ -109,6 +136,15 @@ class KeyProvider(KeepsSecret, ABC):
             it takes such.
         :param deadline: when the whole operation must have ended.
         """
+
+    def examine(self, deadline: Deadline) -> Iterable[Finding]:  # noqa: ARG002 - for those that have something to say
+        """Find out what a wrap and an unwrap do not show: how long credentials last, and rights that should not be.
+
+        Nothing is changed by it. ``kravn-crypto doctor`` prints what it finds.
+
+        :raises ProviderError: if the KMS does not say.
+        """
+        return ()
 
     @abstractmethod
     def unwrap(self, wrapped: WrappedKey, binding: bytes, deadline: Deadline) -> bytes:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import re
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -27,8 +28,16 @@ from requests import PreparedRequest, Response, Session
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
-from ..exceptions import ProviderError, ProviderResponseError, ProviderUnavailableError, SettingsError
+from ..exceptions import (
+    CredentialExpiredError,
+    ProviderDeniedError,
+    ProviderError,
+    ProviderResponseError,
+    ProviderUnavailableError,
+    SettingsError,
+)
 from .base import Deadline
+from .proxy import Proxy
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -42,6 +51,21 @@ _PAUSES: Final = (0.2, 0.8)
 _WORTH_RETRYING: Final = frozenset({429, 500, 502, 503, 504})
 
 _FRAMING: Final = frozenset({"content-length", "transfer-encoding", "connection"})
+
+_MAX_TUNNEL_ANSWER: Final = 16_384  # bytes
+_TUNNELLED: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})[ \r]")
+
+_CERTIFICATE_REFUSED: Final = frozenset(
+    {
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+        "TLSV1_ALERT_UNKNOWN_CA",
+        "TLSV1_ALERT_ACCESS_DENIED",
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+    }
+)
+_CERTIFICATE_EXPIRED: Final = frozenset({"SSLV3_ALERT_CERTIFICATE_EXPIRED", "SSLV3_ALERT_CERTIFICATE_REVOKED"})
 
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -73,11 +97,15 @@ class Route:
     :param tls: from :func:`tls_context`.
     :param resolve: where to connect to.
     :param sleep: waits a number of seconds between two attempts.
+    :param proxy: what ``https://`` goes through; it is asked for the host of the URL, and looks that up itself.
+    :param client_certificate: the settings of what ``tls`` shows as the client's certificate, for messages.
     """
 
     tls: ssl.SSLContext
     resolve: Resolve = as_given
     sleep: Callable[[float], None] = time.sleep
+    proxy: Proxy | None = None
+    client_certificate: str = "the TLS client certificate"
 
 
 def bounded_session(
@@ -104,6 +132,20 @@ def bounded_session(
     if plain_http:
         session.mount("http://", adapter)
     return session
+
+
+@contextmanager
+def connected(url: str, deadline: Deadline, provider: str, route: Route) -> Iterator[socket.socket]:
+    """Connect to the host of a URL as a request to it would, and send nothing.
+
+    The socket is an ``ssl.SSLSocket``, its handshake done and its certificate verified, unless the URL is plain HTTP.
+
+    :raises ProviderError: if the deadline passes, or the proxy does not connect.
+    :raises OSError: if the host has no address, takes no connection or fails the handshake.
+    """
+    adapter = _BoundedAdapter(deadline, provider, route, _let_pass)
+    with adapter.connected(urlsplit(url)) as connection:
+        yield connection
 
 
 def tls_context(ca_bundle: Path | str | None, setting: str) -> ssl.SSLContext:
@@ -191,20 +233,42 @@ class _BoundedAdapter(HTTPAdapter):
                 f"address; a private CA goes into KRAVN_KMS_{self._provider.upper()}_CA_BUNDLE.",
                 provider=self._provider,
             )
-        except (OSError, http.client.IncompleteRead):
-            return None
+        except (OSError, http.client.IncompleteRead) as failure:
+            refused = self._certificate_refused(failure)
+            if refused is None:
+                return None
+            error = refused
         except (http.client.HTTPException, ValueError):
             error = self._malformed("with what is not HTTP")
         raise detached(error)
 
+    def _certificate_refused(self, failure: Exception) -> ProviderError | None:
+        reason = failure.reason if isinstance(failure, ssl.SSLError) else ""
+        if reason in _CERTIFICATE_EXPIRED:
+            return CredentialExpiredError(
+                f"The {self._provider} KMS says that the TLS client certificate has expired or was revoked. Check "
+                f"{self._route.client_certificate}, and the clocks of both.",
+                provider=self._provider,
+            )
+        if reason in _CERTIFICATE_REFUSED:
+            return ProviderDeniedError(
+                f"The {self._provider} KMS wants a TLS client certificate of an authority that it trusts, and was "
+                f"shown none or another. Check {self._route.client_certificate}.",
+                provider=self._provider,
+            )
+        return None
+
     def _exchange(self, request: PreparedRequest) -> Response:
         url = urlsplit(request.url or "")
-        with self._connected(url) as connected:
+        with self.connected(url) as connected:
             connection = http.client.HTTPConnection(url.netloc)
             connection.sock = _BoundedSocket(connected, self._remaining, self._too_large)
             sent = request.headers.copy()
             sent.update({"Host": url.netloc, "Accept-Encoding": "identity", "Connection": "close"})
-            connection.request(request.method or "GET", request.path_url, _as_bytes(request.body), dict(sent))
+            # Whoever refuses the client's certificate says so and hangs up, which can fail the write. Read it all the
+            # same; if there is nothing, reading fails as well.
+            with suppress(OSError):
+                connection.request(request.method or "GET", request.path_url, _as_bytes(request.body), dict(sent))
             answer = connection.getresponse()
             self._refuse_unless_plain(answer)
             content = answer.read()
@@ -223,16 +287,50 @@ class _BoundedAdapter(HTTPAdapter):
             raise self._malformed("with a compressed body, which it was asked not to")
 
     @contextmanager
-    def _connected(self, url: SplitResult) -> Iterator[socket.socket]:
-        host = url.hostname or ""
-        address = self._route.resolve(host, url.port or _PORTS[url.scheme])
+    def connected(self, url: SplitResult) -> Iterator[socket.socket]:
+        host, port = url.hostname or "", url.port or _PORTS[url.scheme]
+        proxy = self._route.proxy if url.scheme == "https" else None
+        address = self._route.resolve(host, port) if proxy is None else (proxy.host, proxy.port)
         with self._opened(address) as plain:
             if url.scheme == "http":
                 yield plain
                 return
+            if proxy is not None:
+                self._tunnel(plain, proxy, host, port)
             plain.settimeout(self._remaining())
             with self._route.tls.wrap_socket(plain, server_hostname=host) as encrypted:
                 yield encrypted
+
+    def _tunnel(self, connected: socket.socket, proxy: Proxy, host: str, port: int) -> None:
+        """Have a proxy connect to the host; from then on it passes on bytes (RFC 9110, section 9.3.6)."""
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        if proxy.authorization is not None:
+            lines.append(f"Proxy-Authorization: {proxy.authorization}")
+        connected.settimeout(self._remaining())
+        connected.sendall("\r\n".join([*lines, "", ""]).encode())
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):
+            # One byte at a time, since what follows is not for this loop; the answer is short.
+            connected.settimeout(self._remaining())
+            received = connected.recv(1)
+            if not received or len(answer) == _MAX_TUNNEL_ANSWER:
+                break
+            answer += received
+        status = _TUNNELLED.match(answer)
+        if status is None or not answer.endswith(b"\r\n\r\n"):
+            raise self._no_tunnel(proxy, "did not answer as an HTTP proxy does. Check KRAVN_KMS_PROXY.")
+        if status[1] == b"407":
+            raise self._no_tunnel(
+                proxy, "asks for credentials. Check KRAVN_KMS_PROXY_USER and KRAVN_KMS_PROXY_PASSWORD."
+            )
+        if not status[1].startswith(b"2"):
+            raise self._no_tunnel(
+                proxy, f"does not connect to {target} (HTTP {status[1].decode()}). Check that it may, and can."
+            )
+
+    def _no_tunnel(self, proxy: Proxy, what: str) -> ProviderUnavailableError:
+        return ProviderUnavailableError(f"The proxy at {proxy.host}:{proxy.port} {what}", provider=self._provider)
 
     def _opened(self, address: Address) -> socket.socket:
         """Connect to the first address of a host that accepts, all within the one deadline."""
