@@ -361,7 +361,7 @@ def test_the_leaked_kms_token(deployment: Deployment, kms: KMS, openbao: OpenBao
     openbao.revoke(leaked)
     program.put(3)
     assert program.numbers() == [1, 2, 3]
-    deployment.refuses_to_start("ProviderDeniedError")
+    deployment.refuses_to_start("CredentialExpiredError")
     deployment.run("rotate", refused="Error: ")
     kms.token = openbao.issue_token(kms.key)
     deployment.environment |= kms.settings()

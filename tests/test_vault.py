@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sqlalchemy_kravn_crypto.exceptions import (
+    CredentialExpiredError,
     MasterKeyNotFoundError,
     MasterKeyUnusableError,
     ProviderDeniedError,
@@ -237,31 +238,35 @@ def test_a_master_key_that_is_missing(openbao: OpenBao) -> None:
 # --- Rights ----------------------------------------------------------------------------------------------------------
 
 
-def assert_denied(deployment: Deployment, wrapped: WrappedKey, **other: Any) -> None:
+def assert_denied(
+    deployment: Deployment, wrapped: WrappedKey, expected: type[ProviderDeniedError], **other: Any
+) -> None:
     for operation in (lambda: deployment.wrap(**other), lambda: deployment.unwrap(wrapped, **other)):
         with pytest.raises(ProviderDeniedError, match="KRAVN_KMS_VAULT_TOKEN") as caught:
             operation()
+        assert caught.type is expected
         assert other.get("token", deployment.token) not in str(caught.value)
         assert caught.value.__context__ is None
 
 
 def test_a_wrong_token(deployment: Deployment) -> None:
-    assert_denied(deployment, deployment.wrap(), token="s.wrong")
+    assert_denied(deployment, deployment.wrap(), CredentialExpiredError, token="s.wrong")
 
 
 def test_a_revoked_token(deployment: Deployment) -> None:
     wrapped = deployment.wrap()
     deployment.server.revoke(deployment.token)
-    assert_denied(deployment, wrapped)
+    assert_denied(deployment, wrapped, CredentialExpiredError)
 
 
 def test_a_token_for_another_master_key(deployment: Deployment) -> None:
-    assert_denied(deployment, deployment.wrap(), token=deployment.server.issue_token("another"))
+    token = deployment.server.issue_token("another")
+    assert_denied(deployment, deployment.wrap(), ProviderDeniedError, token=token)
 
 
 def test_a_token_without_the_capability_update(deployment: Deployment) -> None:
     token = deployment.server.issue_token(deployment.key, capabilities=("read",))
-    assert_denied(deployment, deployment.wrap(), token=token)
+    assert_denied(deployment, deployment.wrap(), ProviderDeniedError, token=token)
 
 
 def test_a_missing_mount(deployment: Deployment) -> None:

@@ -10,39 +10,52 @@ import base64
 import ipaddress
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from typing import Any, Final, Protocol
 
 from ..derivation import KEY_SIZE
 from ..exceptions import (
+    CredentialError,
     MasterKeyNotFoundError,
     MasterKeyUnusableError,
     ProviderDeniedError,
     ProviderError,
     ProviderResponseError,
-    ProviderSealedError,
-    ProviderUnavailableError,
     SettingsError,
     UnwrapRefusedError,
 )
-from .base import MAX_MASTER_KEY_LENGTH, Deadline, KeyProvider, WrappedKey
+from .base import MAX_MASTER_KEY_LENGTH, Deadline, Finding, KeyProvider, WrappedKey
+from .credentials import Credential
 from .extras import import_extra
+from .proxy import Proxy
 
 _adapters, _engines, _ = import_extra("vault", "hvac.adapters", "hvac.api.secrets_engines", "requests")
 
-from requests import Response  # noqa: E402 - needs the extra
+from requests import Response, Session  # noqa: E402 - these need the extra
 
+from .inspection import Server  # noqa: E402
 from .transport import Resolve, Route, as_given, bounded_session, detached, json_object, tls_context  # noqa: E402
+from .vault_examination import ExaminedVault, examine_vault  # noqa: E402
+from .vault_login import (  # noqa: E402
+    CLIENT_CERTIFICATE,
+    checked_path,
+    client_certificate,
+    login_with,
+    outage,
+    refuses_token,
+    says,
+)
 
-_SEGMENT: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?")
 _ADDRESS: Final = re.compile(
     r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?"
 )
-_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,9}):[A-Za-z0-9+/]+={0,2}")
 _NO_CIPHERTEXT: Final = "vault:v1:" + base64.b64encode(bytes(12 + KEY_SIZE + 16)).decode()
 _VERSION_ROOM: Final = len(":v") + 10
+_CA_BUNDLE: Final = "KRAVN_KMS_VAULT_CA_BUNDLE"
 
 
 class _Transit(Protocol):
@@ -60,41 +73,74 @@ class VaultProvider(KeyProvider):
     ``chacha20-poly1305``.
 
     :param address: ``https://host[:port]``; ``http://`` for a loopback host only.
-    :param token: what authenticates the requests.
+    :param token: what authenticates the requests, with ``auth="token"``.
     :param key: the name of the master key.
-    :param namespace: the namespace that the engine is in, if any.
+    :param namespace: the namespace that the engine and the auth method are in, if any.
     :param mount: where the engine is mounted.
     :param ca_bundle: a PEM file with the CA certificates to trust instead of the public ones.
+    :param auth: ``token``, or the type of the auth method to log in with: ``approle``, ``kubernetes``, ``jwt`` or
+        ``cert``.
+    :param auth_mount: where the auth method is mounted; by default at its own name.
+    :param role_id: the role id of ``approle``.
+    :param secret_id: the secret id of ``approle``.
+    :param role: the role of ``kubernetes``, ``jwt`` or ``cert``; for the last, any that fits by default.
+    :param jwt: what proves to ``kubernetes`` or ``jwt`` who it is; by default, for the former, the token that the pod's
+        service account has in a file.
+    :param client_cert: a PEM file with the TLS client certificate to show, whatever ``auth`` is.
+    :param client_key: a PEM file with its private key.
+    :param proxy: what the connections go through.
     :param resolve: maps the address's host and port to those that are connected to.
     :param sleep: waits a number of seconds between two attempts.
     :raises SettingsError: if one of them is not what it must be.
     """
 
-    name: ClassVar[str] = "vault"
-    authenticates: ClassVar[bool] = True
-    binds: ClassVar[bool] = True
+    name = "vault"
+    authenticates = True
+    binds = True
 
     def __init__(  # noqa: PLR0913 - one for each setting
         self,
         *,
         address: str,
-        token: str,
+        token: str | Credential | None = None,
         key: str,
         namespace: str | None = None,
         mount: str = "transit",
         ca_bundle: Path | str | None = None,
+        auth: str = "token",
+        auth_mount: str | None = None,
+        role_id: str | None = None,
+        secret_id: str | Credential | None = None,
+        role: str | None = None,
+        jwt: str | Credential | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        proxy: Proxy | None = None,
         resolve: Resolve = as_given,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._address = _checked_address(address)
-        self._token = _checked_token(token)
-        self._key = _checked_path(key, "KRAVN_KMS_VAULT_KEY", separator=None)
-        self._mount = _checked_path(mount, "KRAVN_KMS_VAULT_MOUNT")
-        self._namespace = _checked_path(namespace, "KRAVN_KMS_VAULT_NAMESPACE") if namespace else None
+        self._key = checked_path(key, "KRAVN_KMS_VAULT_KEY", separator=None)
+        self._mount = checked_path(mount, "KRAVN_KMS_VAULT_MOUNT")
+        self._namespace = checked_path(namespace, "KRAVN_KMS_VAULT_NAMESPACE") if namespace else None
         self._master_key = "/".join(part for part in (self._namespace, self._mount, self._key) if part)
         if len(self._master_key) > MAX_MASTER_KEY_LENGTH - _VERSION_ROOM:
             raise SettingsError("KRAVN_KMS_VAULT_NAMESPACE and KRAVN_KMS_VAULT_MOUNT are too long together.")
-        self._route = Route(tls_context(ca_bundle, "KRAVN_KMS_VAULT_CA_BUNDLE"), resolve, sleep)
+        self._login = login_with(
+            auth,
+            address=self._address,
+            mount=auth_mount,
+            token=token,
+            role_id=role_id,
+            secret_id=secret_id,
+            role=role,
+            jwt=jwt,
+        )
+        self._client_certificate = client_certificate(client_cert, client_key, auth, self._address)
+        self._ca_bundle = ca_bundle
+        self._route = Route(
+            tls_context(ca_bundle, _CA_BUNDLE), resolve, sleep, proxy, client_certificate=CLIENT_CERTIFICATE
+        )
 
     def __repr__(self) -> str:
         return f"<VaultProvider {self._master_key} at {self._address}>"
@@ -111,10 +157,17 @@ class VaultProvider(KeyProvider):
 
     def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:
         """Wrap a data key under the newest version of the master key."""
-        response = self._post("encrypt", base64.b64encode(data_key).decode(), binding, deadline)
-        if response.status_code == 403 and self._is_missing(deadline):
-            raise self._not_found()
-        ciphertext = self._field(response, "encrypt", "ciphertext")
+        plaintext, bound = base64.b64encode(data_key).decode(), base64.b64encode(binding).decode()
+
+        def encrypt(transit: _Transit) -> Response:
+            response = transit.encrypt_data(
+                self._key, plaintext=plaintext, associated_data=bound, mount_point=self._mount
+            )
+            if response.status_code == 403 and not refuses_token(response) and self._is_missing(transit, bound):
+                raise self._not_found()
+            return response
+
+        ciphertext = self._field(self._logged_in(deadline, encrypt), "encrypt", "ciphertext")
         version = _version_of(ciphertext)
         if version is None:
             raise self._malformed()
@@ -131,40 +184,95 @@ class VaultProvider(KeyProvider):
                 "KRAVN_KMS_VAULT_KEY.",
                 provider=self.name,
             )
-        data_key = _decoded(self._field(self._post("decrypt", ciphertext, binding, deadline), "decrypt", "plaintext"))
+        bound = base64.b64encode(binding).decode()
+        response = self._logged_in(deadline, lambda transit: self._decrypt(transit, ciphertext, bound))
+        data_key = _decoded(self._field(response, "decrypt", "plaintext"))
         if data_key is None or len(data_key) != KEY_SIZE:
             raise self._malformed()
         return data_key
 
-    def _post(self, operation: str, value: str, binding: bytes, deadline: Deadline) -> Response:
-        """Send one operation and return the answer, whatever its status."""
+    def _decrypt(self, transit: _Transit, ciphertext: str, bound: str) -> Response:
+        return transit.decrypt_data(self._key, ciphertext=ciphertext, associated_data=bound, mount_point=self._mount)
+
+    def _is_missing(self, transit: _Transit, bound: str) -> bool:
+        """Tell whether the master key is missing, where ``encrypt`` was denied.
+
+        To encrypt under a key that is missing is to create it, so Transit denies that for want of ``create``, in the
+        words it has for any denial. To decrypt is not, and then Transit says what is wrong.
+        """
+        return says(self._decrypt(transit, _NO_CIPHERTEXT, bound), "key not found")
+
+    def examine(self, deadline: Deadline) -> Iterator[Finding]:
+        """Find out how long the token lasts and what else it may do; each question takes a login of its own."""
+        return examine_vault(
+            ExaminedVault(
+                server=Server(
+                    what="the Vault",
+                    url=f"{self._address}/v1/sys/seal-status",
+                    setting="KRAVN_KMS_VAULT_ADDR",
+                    ca_setting=_CA_BUNDLE,
+                    ca_bundle=self._ca_bundle,
+                ),
+                route=self._route,
+                current_route=self._current_route,
+                login=self._login,
+                client_certificate=self._client_certificate,
+                send=lambda path, body: self._authenticated(deadline, partial(_sent, path=path, body=body)),
+                mount=self._mount,
+                key=self._key,
+            ),
+            deadline,
+        )
+
+    def _logged_in(self, deadline: Deadline, operation: Callable[[_Transit], Response]) -> Response:
+        """Log in, do one operation with the token, and return its answer, whatever its status."""
+        return self._authenticated(deadline, lambda adapter: operation(_engines.Transit(adapter)))
+
+    def _authenticated(self, deadline: Deadline, operation: Callable[[Any], Response]) -> Response:
+        """Log in, do something with an adapter that has the token, and return the answer, whatever its status."""
         plain_http = self._address.startswith("http:")
-        bound = base64.b64encode(binding).decode()
         error: ProviderError
         try:
-            with bounded_session(deadline, self.name, self._route, plain_http=plain_http) as session:
-                # The adapter rather than hvac.Client, which takes what is missing from VAULT_* variables and
-                # ~/.vault-token; and no exceptions of hvac's, which quote the answer.
-                adapter = _adapters.RawAdapter(
-                    base_uri=self._address,
-                    token=self._token,
-                    namespace=self._namespace,
-                    session=session,
-                    allow_redirects=False,
-                    ignore_exceptions=True,
-                )
-                transit: _Transit = _engines.Transit(adapter)
-                if operation == "encrypt":
-                    return transit.encrypt_data(
-                        self._key, plaintext=value, associated_data=bound, mount_point=self._mount
-                    )
-                return transit.decrypt_data(self._key, ciphertext=value, associated_data=bound, mount_point=self._mount)
+            with bounded_session(deadline, self.name, self._current_route(), plain_http=plain_http) as session:
+                anonymous = self._adapter(session, None)
+
+                def post(path: str, body: Mapping[str, str]) -> Response:
+                    response: Response = anonymous.post(f"/v1/{path}", json=dict(body))
+                    return response
+
+                token = self._login.token(post)
+                return operation(self._adapter(session, token))
         except ProviderError as raised:
             error = raised
         # Whatever else the SDK raises may quote what was sent, and callers are promised ProviderErrors.
         except Exception:  # noqa: BLE001
             error = self._malformed()
         raise detached(error)
+
+    def _current_route(self) -> Route:
+        """Return the route with the client certificate as it is now."""
+        if self._client_certificate is None:
+            return self._route
+        try:
+            tls = tls_context(self._ca_bundle, _CA_BUNDLE)
+        except SettingsError as raised:
+            failure = str(raised)
+        else:
+            self._client_certificate.load_into(tls)
+            return replace(self._route, tls=tls)
+        raise CredentialError(failure, provider=self.name)
+
+    def _adapter(self, session: Session, token: str | None) -> Any:
+        # The adapter rather than hvac.Client, which takes what is missing from VAULT_* variables and ~/.vault-token;
+        # and no exceptions of hvac's, which quote the answer.
+        return _adapters.RawAdapter(
+            base_uri=self._address,
+            token=token,
+            namespace=self._namespace,
+            session=session,
+            allow_redirects=False,
+            ignore_exceptions=True,
+        )
 
     def _field(self, response: Response, operation: str, field: str) -> str:
         if response.status_code != 200:
@@ -175,49 +283,45 @@ class VaultProvider(KeyProvider):
             raise self._malformed()
         return value
 
-    def _is_missing(self, deadline: Deadline) -> bool:
-        """Tell whether the master key is missing, where ``encrypt`` was denied.
-
-        To encrypt under a key that is missing is to create it, so Transit denies that for want of ``create``, in the
-        words it has for any denial. To decrypt is not, and then Transit says what is wrong.
-        """
-        return _says(self._post("decrypt", _NO_CIPHERTEXT, b"", deadline), "key not found")
-
     def _refusal(self, response: Response, operation: str) -> ProviderError:
+        out_of_service = outage(response, self._address)
+        if out_of_service is not None:
+            return out_of_service
         status = response.status_code
-        if status == 501 or (status == 503 and _says(response, "sealed")):
-            return ProviderSealedError(
-                f"The Vault at {self._address} is sealed or not initialised. Unseal it, then start again.",
-                provider=self.name,
-            )
-        if status == 429 or status >= 500:
-            return ProviderUnavailableError(
-                f"The Vault at {self._address} could not serve the request (HTTP {status}). Check its health and its "
-                "rate limits, then start again.",
-                provider=self.name,
-            )
+        if status == 403 and refuses_token(response):
+            return self._login.not_accepted()
         if status in {401, 403}:
-            return ProviderDeniedError(
-                f"The Vault at {self._address} refused to {operation} under the master key {self._master_key}. Either "
-                "KRAVN_KMS_VAULT_TOKEN is wrong or expired, or its policies lack the capability update on "
-                f"{self._mount}/{operation}/{self._key}.",
-                provider=self.name,
-            )
-        if status == 404 or _says(response, "key not found"):
+            return self._denied(response, operation)
+        if status == 404 or says(response, "key not found"):
             return self._not_found()
         if status == 400:
             return self._bad_request(response, operation)
         return self._malformed(f" (HTTP {status})")
 
+    def _denied(self, response: Response, operation: str) -> ProviderDeniedError:
+        right = f"the capability update on {self._mount}/{operation}/{self._key}"
+        if says(response, "permission denied"):
+            why = f"The policies of {self._login.subject} lack {right}, or give it for other associated data only."
+        else:
+            why = (
+                f"It does not say why: check that {self._login.subject} is valid and that its policies have {right}, "
+                "and that no proxy answers in its place."
+            )
+        return ProviderDeniedError(
+            f"The Vault at {self._address} refused to {operation} under the master key {self._master_key} (HTTP "
+            f"{response.status_code}). {why}",
+            provider=self.name,
+        )
+
     def _bad_request(self, response: Response, operation: str) -> ProviderError:
-        if _says(response, "too old"):
+        if says(response, "too old"):
             return MasterKeyUnusableError(
                 f"The version of the master key {self._master_key} that wrapped the data key is older than its "
                 "min_decryption_version allows. Lower that again if the version was not trimmed, and rewrap the data "
                 "keys before raising it.",
                 provider=self.name,
             )
-        if operation == "encrypt" or _says(response, "soft-deleted", "non-aead", "key derivation"):
+        if operation == "encrypt" or says(response, "soft-deleted", "non-aead", "key derivation"):
             return MasterKeyUnusableError(
                 f"The master key {self._master_key} cannot wrap data keys. It must be of type aes256-gcm96 or another "
                 "AEAD type, not derived, and not deleted. Check KRAVN_KMS_VAULT_KEY.",
@@ -246,12 +350,9 @@ class VaultProvider(KeyProvider):
         )
 
 
-def _says(response: Response, *words: str) -> bool:
-    """Tell whether an error of the answer contains one of the words, which are in lower case."""
-    errors = json_object(response.content).get("errors")
-    if not isinstance(errors, list):
-        return False
-    return any(word in error.lower() for error in errors if isinstance(error, str) for word in words)
+def _sent(adapter: Any, *, path: str, body: Mapping[str, Any] | None) -> Response:
+    response: Response = adapter.get(f"/v1/{path}") if body is None else adapter.post(f"/v1/{path}", json=dict(body))
+    return response
 
 
 def _version_of(ciphertext: str) -> str | None:
@@ -266,24 +367,6 @@ def _decoded(text: str) -> bytes | None:
     except ValueError:
         return None
     return value if base64.b64encode(value).decode() == text else None
-
-
-def _checked_path(path: str, setting: str, *, separator: str | None = "/") -> str:
-    segments = path.strip(separator).split(separator) if separator else [path]
-    if not all(_SEGMENT.fullmatch(segment) for segment in segments):
-        raise SettingsError(
-            f"{setting} must be a name of up to 128 ASCII letters, digits, '_', '-' and '.', which begins and ends "
-            f"with a letter, a digit or '_'{', or several such names between slashes' if separator else ''}."
-        )
-    return "/".join(segments)
-
-
-def _checked_token(token: str) -> str:
-    if not _TOKEN.fullmatch(token):
-        raise SettingsError(
-            "KRAVN_KMS_VAULT_TOKEN must be a token of printable ASCII characters, without spaces or line breaks."
-        )
-    return token
 
 
 def _checked_address(address: str) -> str:
