@@ -1,32 +1,44 @@
-"""Microsoft Entra ID and Azure Key Vault on one local TLS port, for the real SDK, with real RSA keys."""
+"""Microsoft Entra ID and Azure Key Vault on one local TLS port, for the real SDK, with real RSA keys.
+
+On a port without TLS are the endpoints for managed identities: that of virtual machines and that of App Service.
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import socket
 import ssl
 import tempfile
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
+from tests.azure_identities import Application, Issuer, padless, unpadded
 from tests.certificates import Authority
 
 VAULT_HOST = "kravn.vault.azure.net"
 LOGIN_HOST = "login.microsoftonline.com"
+PRIVATE_VAULT_HOST = "kravn.vault.stack.example"
+PRIVATE_LOGIN_HOST = "login.stack.example"
+METADATA_HOST = "169.254.169.254"
 TENANT_ID = "11111111-2222-3333-4444-555555555555"
 CLIENT_ID = "66666666-7777-8888-9999-000000000000"
+IDENTITY_ID = "77777777-7777-8888-9999-000000000000"
+"""A managed identity that a user assigned."""
+
+_LOGIN_HOSTS = {VAULT_HOST: LOGIN_HOST, PRIVATE_VAULT_HOST: PRIVATE_LOGIN_HOST}
+"""Where the owners of a key vault log in."""
 
 _PADDING = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 _OPERATION = re.compile(r"/keys/([A-Za-z0-9-]+)/([0-9a-f]{32}|)/(wrapkey|unwrapkey)")
@@ -48,6 +60,13 @@ class Request:
     path: str
     authorised: bool
     body: bytes
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    token: str
+
+    @property
+    def form(self) -> dict[str, str]:
+        return dict(parse_qsl(self.body.decode()))
 
 
 @dataclass
@@ -73,28 +92,44 @@ class AzureVault:
         self.ca_bundle = authority.ca_bundle
         self.authority = authority
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(authority.issue(VAULT_HOST, LOGIN_HOST))
+        context.load_cert_chain(authority.issue(*_LOGIN_HOSTS, *_LOGIN_HOSTS.values()))
         self.client_secret = f"secret~{uuid.uuid4().hex}"
         self.requests: list[Request] = []
         # RSA keys take long to make: those of one test are used again in the next, never twice in one.
         self._pool: list[rsa.RSAPrivateKey] = []
         self.reset()
-        self._server = _Server(self, context)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+        self._servers = [_Server(self, context), _Server(self, None)]
+        self._threads = [
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}) for server in self._servers
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def reset(self) -> None:
         """Return to one fresh version of the master key and no switch set."""
         self.keys: dict[str, dict[str, KeyVersion]] = {}
-        self.tokens: set[str] = set()
+        self.application = Application(CLIENT_ID, self.client_secret, expired_secret=f"{self.client_secret}-old")
+        self.application.issuer = Issuer()
+        self.identities: set[str | None] = {None, IDENTITY_ID}
+        """The managed identities of the machine; ``None`` is its own."""
+        self.identity_header = uuid.uuid4().hex
+        self.tokens: dict[str, str] = {}
+        """Those that were given out, and the claims that were asked of each."""
         self.denied: set[str] = set()
         self.vault_answers: deque[Answer] = deque()
         self.login_answers: deque[Answer] = deque()
         self.unwrapped: bytes | None = None
-        self.resource = "https://vault.azure.net"
+        self.metadata_answers: deque[Answer] = deque()
+        self.resource: str | None = None
+        """What the key vault says that a token must be for, in place of the truth."""
         self.accepts_tokens = True
+        self.claims = ""
+        """What it wants a token to claim."""
+        self.revoked = False
+        """Whether it wants that of every token again."""
         self.vault_raw: Raw | None = None
         self.login_raw: Raw | None = None
+        self.metadata_raw: Raw | None = None
         self.requests.clear()
         self.rotate()
 
@@ -114,11 +149,29 @@ class AzureVault:
         }
 
     def resolve(self, host: str, port: int) -> tuple[str, int]:
-        """Map the two host names, and no other, to this server."""
-        if (host, port) not in {(VAULT_HOST, 443), (LOGIN_HOST, 443)}:
-            raise OSError
-        address: tuple[str, int] = self._server.socket.getsockname()
-        return address
+        """Map the hosts that are played here, and no other, to their server."""
+        if port == 443 and host in {*_LOGIN_HOSTS, *_LOGIN_HOSTS.values()}:
+            return "127.0.0.1", self.port
+        if (host, port) in {(METADATA_HOST, 80), ("127.0.0.1", self.metadata_port)}:
+            return "127.0.0.1", self.metadata_port
+        raise OSError
+
+    @property
+    def port(self) -> int:
+        """The port of all that speaks TLS."""
+        return self._servers[0].server_address[1]
+
+    @property
+    def metadata_port(self) -> int:
+        """The port of the endpoints for managed identities."""
+        return self._servers[1].server_address[1]
+
+    def app_service(self) -> dict[str, str]:
+        """Return the variables by which App Service tells a program of its endpoint."""
+        return {
+            "IDENTITY_ENDPOINT": f"http://127.0.0.1:{self.metadata_port}/msi/token",
+            "IDENTITY_HEADER": self.identity_header,
+        }
 
     # --- Switches ---
 
@@ -137,9 +190,11 @@ class AzureVault:
             version.refusal = code
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        for thread in self._threads:
+            thread.join()
         self._directory.cleanup()
 
     def count(self, operation: str) -> int:
@@ -152,15 +207,32 @@ class AzureVault:
     # --- The protocols ---
 
     def answer(self, request: Request) -> Answer:
-        if request.host == LOGIN_HOST:
+        if request.host in _LOGIN_HOSTS.values():
             return self.login_answers.popleft() if self.login_answers else self._log_in(request)
+        if request.host not in _LOGIN_HOSTS:
+            return self.metadata_answers.popleft() if self.metadata_answers else self._identify(request)
         if not request.authorised:
-            challenge = f'Bearer authorization="https://{LOGIN_HOST}/{TENANT_ID}", resource="{self.resource}"'
-            return _error(401, "Unauthorized", headers={"WWW-Authenticate": challenge})
+            return _error(401, "Unauthorized", headers={"WWW-Authenticate": self._challenge(request)})
         return self.vault_answers.popleft() if self.vault_answers else self._operate(request)
 
+    def accepts(self, token: str) -> bool:
+        return self.accepts_tokens and token in self.tokens and self.claims in self.tokens[token] and not self.revoked
+
+    def _challenge(self, request: Request) -> str:
+        login = f"https://{_LOGIN_HOSTS[request.host]}"
+        if self.accepts_tokens and request.token in self.tokens:
+            claims = padless(json.dumps({"access_token": {self.claims: {"essential": True}}}).encode())
+            authorization = f'authorization_uri="{login}/common/oauth2/authorize"'
+            return f'Bearer realm="", {authorization}, error="insufficient_claims", claims="{claims}"'
+        resource = self.resource or self._resource_of(request.host)
+        return f'Bearer authorization="{login}/{TENANT_ID}", resource="{resource}"'
+
+    @staticmethod
+    def _resource_of(vault_host: str) -> str:
+        return f"https://{vault_host.partition('.')[2]}"
+
     def _log_in(self, request: Request) -> Answer:
-        base = f"https://{LOGIN_HOST}/{TENANT_ID}"
+        base = f"https://{request.host}/{TENANT_ID}"
         if request.path == f"/{TENANT_ID}/v2.0/.well-known/openid-configuration":
             return Answer(
                 200,
@@ -171,15 +243,52 @@ class AzureVault:
                 },
             )
         if request.path != f"/{TENANT_ID}/oauth2/v2.0/token":
-            return Answer(400, {"error": "invalid_tenant", "error_description": "AADSTS90002: Tenant not found."})
-        form = parse_qs(request.body.decode())
-        if form.get("client_id") != [CLIENT_ID]:
-            return Answer(400, {"error": "unauthorized_client", "error_description": "AADSTS700016: Not found."})
-        if form.get("client_secret") != [self.client_secret]:
-            return Answer(401, {"error": "invalid_client", "error_description": "AADSTS7000215: Invalid secret."})
+            return login_refusal(90002)
+        form = request.form
+        [vault_host] = [vault for vault, login in _LOGIN_HOSTS.items() if login == request.host]
+        refusal = self.application.refusal(form, f"{base}/oauth2/v2.0/token")
+        if not refusal and (form["grant_type"], form["scope"]) != (
+            "client_credentials",
+            f"{self._resource_of(vault_host)}/.default",
+        ):
+            refusal = 70011
+        if refusal:
+            return login_refusal(refusal)
+        token = self._new_token(form.get("claims", ""))
+        return Answer(200, {"token_type": "Bearer", "expires_in": 3599, "ext_expires_in": 3599, "access_token": token})
+
+    def _identify(self, request: Request) -> Answer:
+        """Answer as the endpoint of virtual machines does, or that of App Service."""
+        is_app_service = request.path == "/msi/token"
+        wanted = ("2019-08-01" if is_app_service else "2018-02-01", self._resource_of(VAULT_HOST))
+        if is_app_service:
+            good = request.headers["X-IDENTITY-HEADER"] == self.identity_header
+        else:
+            good = request.path == "/metadata/identity/oauth2/token" and request.headers["Metadata"] == "true"
+        if request.method != "GET" or not good or (request.query["api-version"], request.query["resource"]) != wanted:
+            return Answer(400, {"error": "invalid_request", "error_description": "Bad request"})
+        if request.query.get("client_id") not in self.identities:
+            if is_app_service:
+                return Answer(
+                    400, {"statusCode": 400, "message": "No User Assigned or Delegated Managed Identity found"}
+                )
+            return Answer(400, {"error": "invalid_request", "error_description": "Identity not found"})
+        now = int(time.time())
+        granted = {
+            "access_token": self._new_token(""),
+            "client_id": request.query.get("client_id", "88888888-7777-8888-9999-000000000000"),
+            "expires_on": str(now + 86_400),
+            "resource": request.query["resource"],
+            "token_type": "Bearer",
+        }
+        if not is_app_service:
+            granted |= {"expires_in": "86400", "ext_expires_in": "86400", "not_before": str(now), "refresh_token": ""}
+        return Answer(200, granted)
+
+    def _new_token(self, claims: str) -> str:
         token = uuid.uuid4().hex
-        self.tokens.add(token)
-        return Answer(200, {"token_type": "Bearer", "expires_in": 3599, "access_token": token})
+        self.tokens[token] = claims
+        return token
 
     def _operate(self, request: Request) -> Answer:
         found = _OPERATION.fullmatch(request.path)
@@ -197,12 +306,12 @@ class AzureVault:
         result = self._compute(operation, versions[version].private, json.loads(request.body))
         if result is None:
             return _error(400, "BadParameter")
-        return Answer(200, {"kid": f"{self.url}/keys/{name}/{version}", "value": _padless(result)})
+        return Answer(200, {"kid": f"https://{request.host}/keys/{name}/{version}", "value": padless(result)})
 
     def _compute(self, operation: str, key: rsa.RSAPrivateKey, sent: dict[str, str]) -> bytes | None:
         if sent["alg"] != "RSA-OAEP-256":
             return None
-        value = _unpadded(sent["value"])
+        value = unpadded(sent["value"])
         if operation == "wrapkey":
             return key.public_key().encrypt(value, _PADDING)
         try:
@@ -212,8 +321,10 @@ class AzureVault:
         return unwrapped if self.unwrapped is None else self.unwrapped
 
     def raw(self, request: Request) -> Raw | None:
-        if request.host == LOGIN_HOST:
+        if request.host in _LOGIN_HOSTS.values():
             return self.login_raw
+        if request.host not in _LOGIN_HOSTS:
+            return self.metadata_raw
         return self.vault_raw if request.authorised else None
 
 
@@ -226,8 +337,12 @@ class _Handler(BaseHTTPRequestHandler):
         vault = self.server.vault
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        authorised = vault.accepts_tokens and scheme == "Bearer" and token in vault.tokens
-        request = Request(self.command, self.headers["Host"], urlsplit(self.path).path, authorised, body)
+        authorised = scheme == "Bearer" and vault.accepts(token)
+        url = urlsplit(self.path)
+        query = dict(parse_qsl(url.query))
+        request = Request(
+            self.command, self.headers["Host"], url.path, authorised, body, query, dict(self.headers), token
+        )
         vault.requests.append(request)
         self.close_connection = True
         if raw := vault.raw(request):
@@ -252,7 +367,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, vault: AzureVault, context: ssl.SSLContext) -> None:
+    def __init__(self, vault: AzureVault, context: ssl.SSLContext | None) -> None:
         self.vault = vault
         self._context = context
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -261,6 +376,10 @@ class _Server(ThreadingHTTPServer):
         # The handshake is made in the thread of the request: in accept() a client that fails it would stop them all.
         try:
             request.settimeout(30)
+            if self._context is None:
+                with request:
+                    _Handler(request, client_address, self)
+                return
             with self._context.wrap_socket(request, server_side=True) as encrypted:
                 _Handler(encrypted, client_address, self)
         except OSError:
@@ -277,9 +396,10 @@ def _error(status: int, code: str, inner: str = "", *, headers: dict[str, str] |
     return Answer(status, {"error": error}, headers or {})
 
 
-def _padless(value: bytes) -> str:
-    return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
-
-
-def _unpadded(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+def login_refusal(code: int) -> Answer:
+    """Answer as Entra ID does to a login that it refuses, with the number of one of its errors."""
+    error, status = {90002: ("invalid_request", 400), 700016: ("unauthorized_client", 400)}.get(
+        code, ("invalid_client", 401)
+    )
+    description = f"AADSTS{code}: No. Trace ID: {uuid.uuid4()} Correlation ID: {uuid.uuid4()}"
+    return Answer(status, {"error": error, "error_description": description, "error_codes": [code]})
