@@ -24,6 +24,24 @@ def length_prefixed(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
+def split_length_prefixed(joined: bytes) -> list[bytes]:
+    """Take apart what :func:`length_prefixed` joined.
+
+    :raises ValueError: if it is nothing that this returns.
+    """
+    parts = []
+    start = 0
+    while start < len(joined):
+        end = start + 4 + int.from_bytes(joined[start : start + 4], "big")
+        # Fewer than 4 bytes of a length end before the first byte of their part, too.
+        if end > len(joined):
+            msg = "these are no length-prefixed parts"
+            raise ValueError(msg)
+        parts.append(joined[start + 4 : end])
+        start = end
+    return parts
+
+
 def expand(key: bytes, purpose: str) -> bytes:
     """Derive 32 bytes for one purpose from a uniformly random key.
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqlalchemy_kravn_crypto.derivation import KEY_ID_SIZE, KEY_SIZE, expand, key_id_of, length_prefixed
+from sqlalchemy_kravn_crypto.derivation import (
+    KEY_ID_SIZE,
+    KEY_SIZE,
+    expand,
+    key_id_of,
+    length_prefixed,
+    split_length_prefixed,
+)
 from tests import reference
 
 KEYS = st.binary(min_size=32, max_size=32)
@@ -34,7 +41,24 @@ def test_length_prefixed_has_four_big_endian_bytes_before_each_part() -> None:
 def test_length_prefixed_can_be_taken_apart(parts: list[bytes]) -> None:
     joined = length_prefixed(*parts)
     assert joined == reference.lp(*parts)
-    assert unprefixed(joined) == parts
+    assert unprefixed(joined) == split_length_prefixed(joined) == parts
+
+
+@given(st.binary(max_size=40) | st.lists(st.binary(max_size=9)).map(lambda parts: length_prefixed(*parts)[:-1]))
+def test_nothing_else_can_be_taken_apart(joined: bytes) -> None:
+    try:
+        parts = split_length_prefixed(joined)
+    except ValueError:
+        return
+    assert length_prefixed(*parts) == joined
+
+
+@pytest.mark.parametrize(
+    "joined", ["00", "000000", "00000001", "0000000261", "0000000000", "00000000000000", "ffffffff61"]
+)
+def test_what_is_cut_off_or_too_long_is_refused(joined: str) -> None:
+    with pytest.raises(ValueError, match="length-prefixed"):
+        split_length_prefixed(bytes.fromhex(joined))
 
 
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))

@@ -1,4 +1,4 @@
-"""Both providers against servers that misbehave: a typed error within the deadline, and nothing of it leaks."""
+"""The providers against servers that misbehave: a typed error within the deadline, and nothing of it leaks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from sqlalchemy_kravn_crypto.exceptions import (
     ProviderUnavailableError,
     SettingsError,
 )
+from sqlalchemy_kravn_crypto.providers.aws import AwsProvider
 from sqlalchemy_kravn_crypto.providers.azure import AzureProvider
 from sqlalchemy_kravn_crypto.providers.base import Deadline, KeyProvider, WrappedKey
 from sqlalchemy_kravn_crypto.providers.transport import MAX_ANSWER_SIZE, tls_context
 from sqlalchemy_kravn_crypto.providers.vault import VaultProvider
 from tests import hostile_server as hostile
+from tests.aws_server import BINDING, KMS, UNUSED_KEY, Aws, Credentials
 from tests.azure_server import Answer, AzureVault
 from tests.certificates import Authority
 from tests.hostile_server import HostileServer, Listener, Raw, answers
@@ -53,10 +55,10 @@ class Victim:
 
     def wrap(self, seconds: float = 10) -> WrappedKey:
         self.data_key = secrets.token_bytes(32)
-        return self.provider.wrap(self.data_key, b"binding", Deadline(seconds))
+        return self.provider.wrap(self.data_key, BINDING, Deadline(seconds))
 
     def unwrap(self, seconds: float = 10) -> bytes:
-        return self.provider.unwrap(self.wrapped, b"binding", Deadline(seconds))
+        return self.provider.unwrap(self.wrapped, BINDING, Deadline(seconds))
 
 
 @pytest.fixture
@@ -97,7 +99,21 @@ def azure_victim(azure_vault: AzureVault) -> Victim:
     )
 
 
-@pytest.fixture(params=["vault", "azure"])
+@pytest.fixture
+def aws_victim(aws: Aws, aws_credentials: Credentials) -> Victim:
+    pauses: list[float] = []
+    return Victim(
+        provider=AwsProvider(**aws.settings(UNUSED_KEY, sleep=pauses.append)),
+        wrapped=WrappedKey(UNUSED_KEY, bytes(180)),
+        secret=aws_credentials.secret,
+        behave=lambda raw: aws.raw.update({KMS: raw}),
+        count=lambda: len(aws.requests),
+        result=lambda value: {"KeyId": UNUSED_KEY, "EncryptionAlgorithm": "SYMMETRIC_DEFAULT", "Plaintext": value},
+        pauses=pauses,
+    )
+
+
+@pytest.fixture(params=["vault", "azure", "aws"])
 def victim(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Victim:
     caplog.set_level(logging.DEBUG)
     chosen: Victim = request.getfixturevalue(f"{request.param}_victim")
@@ -124,7 +140,7 @@ def forms(value: bytes) -> set[str]:
 
 
 def is_of_an_sdk(filename: str) -> bool:
-    return not {"hvac", "azure", "msal", "requests", "urllib3", "http"}.isdisjoint(Path(filename).parts)
+    return not {"hvac", "azure", "botocore", "msal", "requests", "urllib3", "http"}.isdisjoint(Path(filename).parts)
 
 
 def assert_leaks_nothing(error: BaseException, logs: pytest.LogCaptureFixture, *kept: bytes) -> None:
@@ -257,7 +273,7 @@ def test_all_requests_of_an_operation_share_the_deadline(
 def test_a_deadline_that_has_passed_sends_nothing(victim: Victim, caplog: pytest.LogCaptureFixture) -> None:
     moments = iter([0.0, *[1.0] * 50])
     with pytest.raises(ProviderUnavailableError):
-        victim.provider.wrap(bytes(32), b"", Deadline(1, lambda: next(moments)))
+        victim.provider.wrap(bytes(32), BINDING, Deadline(1, lambda: next(moments)))
     assert victim.count() == 0
 
 
