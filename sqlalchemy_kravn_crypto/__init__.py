@@ -9,6 +9,7 @@ from .context import is_configured, use_keyring
 from .exceptions import KravnCryptoError
 from .keyring import DataKey, Keyring
 from .schema import kms_tables
+from .signing import SigningKey, signing_key
 from .types import Encrypted, EncryptedBytes, EncryptedJSON, EncryptedString
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "Keyring",
     "KravnCryptoError",
     "MutableJSON",
+    "SigningKey",
     "add_ciphertext_checks",
     "configure",
     "configure_async",
@@ -32,6 +34,7 @@ __all__ = [
     "is_configured",
     "kms_tables",
     "reset",
+    "signing_key",
     "use_keyring",
 ]
 

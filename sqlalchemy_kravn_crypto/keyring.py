@@ -20,11 +20,14 @@ class DataKey(KeepsSecret):
     :param key: 32 uniformly random bytes.
     """
 
-    __slots__ = ("_check", "_encrypt", "decrypt", "key_id")
+    __slots__ = ("_check", "_encrypt", "decrypt", "key_id", "signing_key")
 
     decrypt: Callable[[bytes, bytes, bytes], bytes | None]
     """Takes nonce, ciphertext with tag, and associated data. Returns the payload, or ``None`` if anything is not as it
     was written."""
+
+    signing_key: Callable[[str], bytes]
+    """Takes a purpose. Returns 32 bytes to sign with."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_SIZE:
@@ -34,6 +37,8 @@ class DataKey(KeepsSecret):
         self._check = expand(key, "key-check")
         aead = Xaes256Gcm(expand(key, "aead/02"))
         self._encrypt, self.decrypt = aead.encrypt, aead.decrypt
+        # A function rather than an attribute, which whatever prints an object's attributes would show.
+        self.signing_key = lambda purpose: expand(key, f"signing/{purpose}")
 
     @classmethod
     def generate(cls) -> DataKey:
@@ -63,12 +68,13 @@ class Keyring(KeepsSecret):
     """A process's data keys. Immutable, so that threads share it without a lock; cannot be pickled or copied.
 
     :param primary: the data key that encrypts.
-    :param others: data keys that only decrypt.
+    :param others: data keys that only decrypt, the newest first.
     :param disabled: key ids of data keys that exist, and that nobody loads.
     :param destroyed: key ids of data keys that exist no more.
+    :param bootstrap: key ids of data keys that come from the deployment's own secrets and not from a KMS.
     """
 
-    __slots__ = ("__weakref__", "_destroyed", "_disabled", "_keys", "_primary")
+    __slots__ = ("__weakref__", "_bootstrap", "_destroyed", "_disabled", "_keys", "_primary")
 
     def __init__(
         self,
@@ -77,10 +83,12 @@ class Keyring(KeepsSecret):
         *,
         disabled: Iterable[str] = (),
         destroyed: Iterable[str] = (),
+        bootstrap: Iterable[str] = (),
     ) -> None:
         self._primary = primary
         self._keys = {key.key_id: key for key in (*others, primary)}
         self._disabled, self._destroyed = frozenset(disabled), frozenset(destroyed)
+        self._bootstrap = frozenset(bootstrap)
 
     @property
     def primary_key_id(self) -> str:
@@ -102,7 +110,25 @@ class Keyring(KeepsSecret):
         kept = [key for key_id, key in earlier._keys.items() if key_id.hex() in gone]
         if not kept:
             return self
-        return Keyring(self._primary, [*kept, *self._keys.values()], disabled=self._disabled, destroyed=self._destroyed)
+        return Keyring(
+            self._primary,
+            [*kept, *self._keys.values()],
+            disabled=self._disabled,
+            destroyed=self._destroyed,
+            bootstrap=self._bootstrap,
+        )
+
+    def verifying(self, *, accept_bootstrap: bool) -> tuple[DataKey, list[DataKey]]:
+        """Return the primary, and the other data keys under which a signature may still be good, the newest first.
+
+        :param accept_bootstrap: whether those of the deployment's own secrets are among them where the primary is a
+            KMS's.
+        """
+        kept_out = self._disabled | self._destroyed
+        if self.primary_key_id not in self._bootstrap and not accept_bootstrap:
+            kept_out |= self._bootstrap
+        others = [key for key in self._keys.values() if key is not self._primary and key.key_id.hex() not in kept_out]
+        return self._primary, others
 
     def encrypt(self, payload: bytes, name: ColumnName) -> bytes:
         """Return the frame of a payload under the primary, with a fresh random nonce.

@@ -223,9 +223,10 @@ class KeyStore(KeepsSecret):
         primary = next((row for row in live if row.closing is not None), primary)
         keyring = Keyring(
             keys[primary.id],
-            [key for row_id, key in keys.items() if row_id != primary.id],
+            [key for row_id, key in sorted(keys.items(), reverse=True) if row_id != primary.id],
             disabled=_key_ids(rows, State.DISABLED),
             destroyed=_key_ids(rows, State.DESTROYED),
+            bootstrap=[row.required("key_id") for row in live if row.provider == NO_PROVIDER],
         )
         return Opened(keyring, rows.in_control().required("deployment_id"), rows, secrets, mac_key, missing)
 

@@ -9,6 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
+SIGNING = ["sign_with_itsdangerous", "sign_with_pyjwt"]
 SECRET = "of-the-test-and-long-enough-to-be-accepted"
 
 FLASK = """
@@ -87,8 +88,39 @@ def test_a_service(tmp_path: Path, program: str) -> None:
     assert_encrypted(tmp_path)
 
 
+@pytest.mark.parametrize("name", SIGNING)
+def test_what_is_signed_verifies(tmp_path: Path, name: str) -> None:
+    assert run(tmp_path, EXAMPLES / f"{name}.py") == "ada\n"
+
+
+SIGNED = """
+import sign_with_itsdangerous, sign_with_pyjwt
+from sqlalchemy_kravn_crypto import DataKey, Keyring, use_keyring
+
+old, new, other = DataKey(bytes(32)), DataKey(bytes([1]) * 32), DataKey(bytes([2]) * 32)
+
+def refused(verify, *arguments):
+    try:
+        verify(*arguments)
+    except Exception as error:
+        return type(error).__name__
+
+with use_keyring(Keyring(old)):
+    token, link = sign_with_pyjwt.sign("ada"), sign_with_itsdangerous.serializer().dumps("ada")
+with use_keyring(Keyring(new, [old])):
+    print(sign_with_pyjwt.verify(token)["sub"], sign_with_itsdangerous.serializer().loads(link, max_age=60))
+    print(sign_with_pyjwt.jwt.get_unverified_header(sign_with_pyjwt.sign("ada"))["kid"] == new.key_id.hex())
+with use_keyring(Keyring(new, [other])):
+    print(refused(sign_with_pyjwt.verify, token), refused(sign_with_itsdangerous.serializer().loads, link))
+"""
+
+
+def test_what_was_signed_before_a_rotation_verifies_until_the_data_key_is_gone(tmp_path: Path) -> None:
+    assert run(tmp_path, "-c", SIGNED) == "ada ada\nTrue\nInvalidKeyError BadTimeSignature\n"
+
+
 def test_every_example_is_run_and_fits_on_a_screen() -> None:
     files = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
-    here = {"with_dataclasses", "with_sqlmodel", "with_flask", "with_fastapi"}
-    assert set(files) == here | {"rekey_with_dask"}  # which test_examples_rekey.py runs
+    here = {"with_dataclasses", "with_sqlmodel", "with_flask", "with_fastapi", *SIGNING}
+    assert set(files) == here | {"rekey_with_dask", "file_provider"}  # which have tests of their own
     assert {name: text.count("\n") for name, text in files.items() if text.count("\n") > 60} == {}
