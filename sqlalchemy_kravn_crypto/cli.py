@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from .commands import keys, reports, setup, standby, values
+from .commands import doctor, keys, reports, setup, standby, values
 from .commands.running import reporting
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def _add(to: typer.Typer, name: str, command: Callable[..., int], panel: str | N
 _add(app, "migrate", setup.migrate, "To begin with")
 _add(app, "provision", setup.provision, "To begin with")
 _add(app, "demo", setup.demo, "To begin with")
+_add(app, "doctor", doctor.doctor, "What there is")
 _add(app, "status", reports.status, "What there is")
 _add(app, "census", values.census, "What there is")
 _add(app, "evidence", reports.evidence, "What there is")

@@ -240,7 +240,7 @@ def commands() -> dict[str, set[str]]:
 
 def test_help_names_every_command(run: Run) -> None:
     shown = run("--help").stdout
-    assert len(commands()) == 18
+    assert len(commands()) == 19
     assert all(command.split()[0] in shown for command in commands())
 
 
