@@ -41,12 +41,16 @@ class Authority:
         self.ca_bundle = directory / "ca.pem"
         self.ca_bundle.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, *names: str) -> Path:
-        """Return the path of a PEM file with a certificate for the host names and its private key."""
+    def issue(self, *names: str, start: dt.datetime | None = None, end: dt.datetime | None = None) -> Path:
+        """Return the path of a PEM file with a certificate for the host names and its private key.
+
+        :param start: when it begins to be valid; by default a day ago.
+        :param end: when it ends; by default in a day.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         certificate = (
-            self._builder(subject, key.public_key())
+            self._builder(subject, key.public_key(), start, end)
             .add_extension(x509.SubjectAlternativeName(list(map(x509.DNSName, names))), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -59,7 +63,13 @@ class Authority:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + private)
         return path
 
-    def _builder(self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _builder(
+        self,
+        subject: x509.Name,
+        public_key: ec.EllipticCurvePublicKey,
+        start: dt.datetime | None = None,
+        end: dt.datetime | None = None,
+    ) -> x509.CertificateBuilder:
         now = dt.datetime.now(dt.UTC)
         return (
             x509.CertificateBuilder()
@@ -67,8 +77,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _DAY)
-            .not_valid_after(now + _DAY)
+            .not_valid_before(start or now - _DAY)
+            .not_valid_after(end or now + _DAY)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )

@@ -9,6 +9,9 @@ pytest_plugins = [
     "tests.fixtures_postgres",
     "tests.fixtures_mariadb",
     "tests.fixtures_kms",
+    "tests.fixtures_aws",
+    "tests.fixtures_gcp",
+    "tests.fixtures_softhsm",
     "tests.fixtures_deployment",
 ]
 
