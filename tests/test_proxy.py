@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import secrets
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +25,8 @@ from tests.hostile_server import HostileServer, Raw, answers, http_answer, sends
 from tests.leaks import leaked
 
 HOST = "kms.example"
-BODY = "body-" + secrets.token_hex(16)
-PASSWORD = "p4ss-" + secrets.token_hex(8)
+BODY = "body-6f1d0c3b9e8a4725"
+PASSWORD = "p4ss-90c2f7d1e6a8b354"
 
 
 class Way:
