@@ -301,7 +301,7 @@ def _key_store(engine: Engine, settings: Settings | None, provider: KeyProvider 
     elif not refusals:
         yield good(KEY_STORE, f"A process can start: the key store is at epoch {found.epoch}, with {_keys(found)}.")
     if found.trail is not None:
-        yield good(KEY_STORE, f"The audit trail of {found.trail.events} events is whole.")
+        yield good(KEY_STORE, f"The audit trail is whole (events: {found.trail.events}).")
     for problem in found.problems:
         if problem not in refusals:
             yield unchecked(KEY_STORE, problem.message, _STATUS_NEEDS_MORE)
@@ -324,7 +324,7 @@ def _master_keys(rows: StoredRows, provider: KeyProvider) -> Iterator[Finding]:
     others = [row for row in wrapped if row not in first]
     second = [row for row in others if _is_of(provider, row.standby_provider, row.standby_master_key)]
     if first and not others:
-        yield good(MASTER_KEY, f"Every data key is under {provider.master_key}, as it is configured.")
+        yield good(MASTER_KEY, f"Every wrapped data key is under {provider.master_key}, as it is configured.")
     if second:
         yield warning(
             MASTER_KEY,

@@ -118,7 +118,7 @@ def test_a_deployment_before_and_after_its_first_data_key(run: Run, database_url
     after = run("doctor", "--url", asynchronous(database_url), **variables)
     assert after.returncode == 0, after.stdout
     assert "good     key store: A process can start: the key store is at epoch 1" in after.stdout
-    assert f"good     master key: Every data key is under transit/{openbao.key}" in after.stdout
+    assert f"good     master key: Every wrapped data key is under transit/{openbao.key}" in after.stdout
 
 
 @pytest.mark.parametrize(

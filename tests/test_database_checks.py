@@ -209,7 +209,7 @@ def test_a_kms_that_does_not_answer_keeps_the_trail_from_nothing(
     running.kms.down = True
     found = check(running.engine, settings(), running.kms)
     assert "ProviderUnavailableError: " in said(found, "key store")
-    assert "audit trail of 1 events is whole" in said(found, "key store")
+    assert "audit trail is whole (events: 1)" in said(found, "key store")
     assert "can start" not in said(found, "key store")
 
 
@@ -224,7 +224,7 @@ def test_with_wrong_settings_only_the_boot_is_left_out(
     found = check(running.engine, None)
     assert levels(found)["key store"] == WARNING
     assert "Not checked: whether a process can start" in said(found, "key store")
-    assert "audit trail of 1 events is whole" in said(found, "key store")
+    assert "audit trail is whole (events: 1)" in said(found, "key store")
     assert levels(found)["grants"] == GOOD
 
 

@@ -59,7 +59,7 @@ E = TypeVar("E", bound=ProviderError)
 DATA_KEY = os.urandom(32)
 BINDING = b"\x00\x00\x00\x07binding"
 Code = grpc.StatusCode
-MARK = "text-of-the-answer-" + secrets.token_hex(8)
+MARK = "text-of-the-answer-5b0e7c1f9ad24386"  # in the names of tests, which all workers must have alike
 
 
 def provider(gcp_kms: CloudKms, **other: Any) -> GcpProvider:
