@@ -647,16 +647,17 @@ def test_whether_a_jwt_may_never_expire_is_for_vault_to_say(jwt_login: Deploymen
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"jwt": signed(aud="another")},
-        {"jwt": signed(sub="another")},
-        {"jwt": signed(iss="https://another.example")},
-        {"jwt": signed(ec.generate_private_key(ec.SECP256R1()))},
-        {"role": "another"},
+        # Made when it is needed, since it is valid for minutes only.
+        lambda: {"jwt": signed(aud="another")},
+        lambda: {"jwt": signed(sub="another")},
+        lambda: {"jwt": signed(iss="https://another.example")},
+        lambda: {"jwt": signed(ec.generate_private_key(ec.SECP256R1()))},
+        lambda: {"role": "another"},
     ],
     ids=["audience", "subject", "issuer", "key", "role"],
 )
-def test_a_jwt_that_the_role_is_not_for(jwt_login: Deployment, wrong: dict[str, str]) -> None:
-    assert "KRAVN_KMS_VAULT_ROLE" in jwt_login.refused(ProviderDeniedError, **wrong)
+def test_a_jwt_that_the_role_is_not_for(jwt_login: Deployment, wrong: Callable[[], dict[str, str]]) -> None:
+    assert "KRAVN_KMS_VAULT_ROLE" in jwt_login.refused(ProviderDeniedError, **wrong())
 
 
 @pytest.mark.parametrize("said", ["invalid expiration time (exp) claim: token is expired", "Token is expired (exp)"])

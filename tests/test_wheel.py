@@ -117,7 +117,7 @@ def test_metadata(built: Built) -> None:
     assert found["License-Expression"] == "Apache-2.0"
     assert found["Requires-Python"] == ">=3.11"
     assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_all("Provides-Extra") == ["azure", "vault"]
+    assert found.get_all("Provides-Extra") == ["aws", "azure", "gcp", "pkcs11", "vault"]
     required = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not [line for line in required if line.startswith(("azure", "hvac", "requests"))]
 
