@@ -87,7 +87,7 @@ class Victim:
         self._logs = logs
         self._streams = streams
 
-    def assert_refused(self, expected: type[E], *, wrap: bool = True, seconds: float = 10) -> E:
+    def assert_refused(self, *expected: type[E], wrap: bool = True, seconds: float = 10) -> E:
         """Check the error, and that nothing of what was sent or received is in it or in what was logged."""
         data_key = secrets.token_bytes(32)
         deadline = Deadline(seconds)
@@ -95,7 +95,7 @@ class Victim:
             self.provider.wrap(data_key, BINDING, deadline) if wrap else self.provider.unwrap(
                 self.wrapped, BINDING, deadline
             )
-        assert caught.type is expected
+        assert caught.type in expected
         assert caught.value.provider == "gcp"
         tokens = [call.token.encode() for call in self.kms.calls]
         kept = [data_key, self.wrapped.blob, MARK.encode(), *tokens, self.kms.service_account.private_key.encode()]
@@ -593,19 +593,24 @@ def test_a_lost_connection_is_tried_again(victim: Victim, impostor: HostileServe
     "raw",
     [
         hostile.sends(MARK.encode() * 10),
-        hostile.answers(200, {}),
         hostile.answers(503, {}),
         hostile.DRIPS_HEADERS,
-        hostile.ENDLESS_BODY,
         hostile_http2.answers_without_grpc(b"302"),
         hostile_http2.answers_without_grpc(b"404"),
     ],
-    ids=["text", "HTTP/1", "an error of HTTP/1", "drips", "endless", "redirect", "not found"],
+    ids=["text", "an error of HTTP/1", "drips", "redirect", "not found"],
 )
 def test_what_is_not_grpc_is_refused(victim: Victim, impostor: HostileServer, raw: Raw) -> None:
     impostor.raw = raw
     victim.assert_refused(ProviderResponseError)
     assert len(impostor.requests) == 1
+
+
+@pytest.mark.parametrize("raw", [hostile.answers(200, {}), hostile.ENDLESS_BODY], ids=["short", "endless"])
+def test_a_web_server_that_answers_that_all_is_well(victim: Victim, impostor: HostileServer, raw: Raw) -> None:
+    impostor.raw = raw
+    # gRPC before 1.82 has no words for it, and then it is one that cannot be reached.
+    victim.assert_refused(ProviderResponseError, ProviderUnavailableError)
 
 
 @pytest.mark.parametrize("status", [b"429", b"500", b"502", b"503", b"504"])
@@ -912,7 +917,7 @@ def test_a_proxy_that_misbehaves(victim: Victim, proxy: ConnectProxy, raw: Raw) 
 # --- Fork ------------------------------------------------------------------------------------------------------------
 
 FORKS = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure
@@ -946,37 +951,72 @@ def read(id):
 
 def there_and_back():
     key = os.urandom(32)
-    return kms.unwrap(kms.wrap(key, b"fork", Deadline(20)), b"fork", Deadline(20)) == key
+    return kms.unwrap(kms.wrap(key, b"fork", Deadline(60)), b"fork", Deadline(60)) == key
 
-write(0)
-engine.dispose()
-for id in (1, 2):
+def forked(work):
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # ends it if gRPC hangs
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+"""
+
+BOOTS = """
+write(0)
+engine.dispose()
+for id in (1, 2):
+    def work():
         write(id)
-        good = there_and_back() and read(0) == {"a": 0} and read(id) == {"a": id}
-        grandchild = os.fork()
-        if grandchild == 0:
-            signal.alarm(60)
-            os._exit(0 if there_and_back() else 1)
-        os._exit(0 if good and os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 0 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return there_and_back() and read(0) == {"a": 0} and read(id) == {"a": id} and forked(there_and_back) == 0
+    assert forked(work) == 0
     assert there_and_back()
     assert read(id) == {"a": id}
 print("both have ended")
 """
 
+IS_AT_WORK = """
+ended = threading.Event()
+
+def works():
+    while not ended.is_set():
+        assert there_and_back()
+
+working = [threading.Thread(target=works) for _ in range(2)]
+for thread in working:
+    thread.start()
+codes = [forked(there_and_back) for _ in range(20)]
+ended.set()
+for thread in working:
+    thread.join()
+assert codes == [0] * 20, codes
+assert there_and_back()
+print("all have ended")
+"""
+
+
+def ran(gcp_kms: CloudKms, directory: Path, program: str) -> str:
+    """Return what a program with a provider prints."""
+    settings = {"key": KEY, "ca_bundle": str(gcp_kms.ca_bundle), "credentials": gcp_kms.service_account.text}
+    given = {"port": gcp_kms.port, "settings": settings, "database": str(directory / "fork.db")}
+    command = [sys.executable, "-c", FORKS + program]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
 
 def test_a_process_that_has_booted_may_fork(gcp_kms: CloudKms, tmp_path: Path) -> None:
     """The parent used gRPC before, and both use it after."""
-    settings = {"key": KEY, "ca_bundle": str(gcp_kms.ca_bundle), "credentials": gcp_kms.service_account.text}
-    given = {"port": gcp_kms.port, "settings": settings, "database": str(tmp_path / "fork.db")}
-    ran = subprocess.run(
-        [sys.executable, "-c", FORKS], input=json.dumps(given), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert (ran.returncode, ran.stdout) == (0, "both have ended\n"), ran.stderr
-    assert gcp_kms.count("Encrypt") == 1 + 1 + 2 * 3
+    assert ran(gcp_kms, tmp_path, BOOTS) == "both have ended\n"
+    assert gcp_kms.count("Encrypt") == 2 + 2 * 3
+
+
+def test_a_process_may_fork_while_it_talks_to_the_kms(gcp_kms: CloudKms, tmp_path: Path) -> None:
+    assert ran(gcp_kms, tmp_path, IS_AT_WORK) == "all have ended\n"
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------

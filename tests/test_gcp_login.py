@@ -289,10 +289,18 @@ def test_a_program_is_not_run_for_a_token(gcp_kms: CloudKms, monkeypatch: pytest
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_client_certificate_is_not_shown(gcp_kms: CloudKms, tmp_path: Path) -> None:
+    """It would not be: the bounded session has none, so that the exchange could not succeed."""
+    pem = gcp_kms.authority.issue("workload.example")
+    config = tmp_path / "certificate_config.json"
+    config.write_text(json.dumps({"cert_configs": {"workload": {"cert_path": str(pem), "key_path": str(pem)}}}))
+    source = {"certificate": {"certificate_config_location": str(config)}}
+    credentials = gcp_kms.external_account(source, subject_token_type="urn:ietf:params:oauth:token-type:mtls")
+    assert "certificates" in str(refused(gcp_kms, credentials, CredentialError))
+    assert gcp_kms.requests == []
+
+
 MALFORMED: dict[str, Callable[[CloudKms], Any]] = {
-    "a certificate": lambda kms: json.loads(
-        kms.external_account({"certificate": {"use_default_certificate_config": True}})
-    ),
     "two sources": lambda kms: json.loads(kms.external_account({"file": "/x", "url": "https://tokens.example/token"})),
     "no source": lambda kms: json.loads(kms.external_account({})),
     "a list for a source": lambda kms: {**json.loads(kms.external_account({})), "credential_source": []},

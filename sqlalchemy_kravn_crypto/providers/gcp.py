@@ -32,6 +32,7 @@ from ..exceptions import (
 from .base import MAX_WRAPPED_KEY_SIZE, Deadline, Finding, KeyProvider, WrappedKey
 from .credentials import Credential, as_credential
 from .extras import import_extra
+from .fork_gate import ForkGate
 from .proxy import Proxy
 
 import_extra("gcp", "google.auth", "google_crc32c", "grpc", "requests")
@@ -65,6 +66,8 @@ _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-
 
 _PAUSES: Final = (0.2, 0.8)
 """Seconds before the second and the third attempt, which is the last."""
+
+_GATE: Final = ForkGate()
 
 _CHANNEL: Final[tuple[tuple[str, str | int], ...]] = (
     ("grpc.max_receive_message_length", MAX_ANSWER_SIZE),
@@ -125,7 +128,7 @@ class _Trouble(Enum):
     TRUST = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification", "peer certificate")
     TUNNEL = ("HTTP proxy",)
     SIZE = ("larger than max", "exceeds hard limit")
-    PROTOCOL = ("Failed parsing HTTP/2", "ALPN property", "header with status: 3")
+    PROTOCOL = ("Failed parsing HTTP/2", "http1.x server", "ALPN property", "header with status: 3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,9 @@ class GcpProvider(KeyProvider):
         # gRPC has a TLS of its own, and would look for certificates where the environment says.
         self._roots = Path(ca_bundle or certifi.where()).read_bytes()
         self._route = Route(tls, resolve, sleep, proxy)
+        # Never connected. Without any channel gRPC shuts down, and a process that forks while it does so has a child in
+        # which gRPC hangs.
+        self._awake = grpc.insecure_channel("dns:///localhost")
         self._login = GoogleLogin(None if credentials is None else as_credential(credentials, SETTING), self._route)
 
     def __repr__(self) -> str:
@@ -261,14 +267,11 @@ class GcpProvider(KeyProvider):
     def _attempt(
         self, operation: str, request: bytes, metadata: tuple[tuple[str, str], ...], deadline: Deadline
     ) -> bytes | _Failure:
-        """Send one operation over a connection of its own.
-
-        A channel that outlived it would be broken in a process that is forked later.
-        """
+        """Send one operation over a connection of its own."""
         error: ProviderError
         try:
             left = deadline.remaining(self.name)
-            with self._channel(left) as channel:
+            with _GATE.call(), self._channel(left) as channel:
                 # Bytes there and back: what gRPC fails to turn into messages it logs.
                 call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"{_SERVICE}/{operation}")
                 return call(request, timeout=left, metadata=metadata)
