@@ -223,7 +223,9 @@ def test_the_heartbeat_of_an_asynchronous_process_is_gone_after_it_has_ended(
         _, stderr = running.communicate("\n", timeout=60)
         assert running.returncode == 0
         assert "Traceback" not in stderr
-    assert beats(deployment) == []
+    # aiosqlite has a thread for each connection, and these two releases of Python let none begin when they end.
+    stays = engine.dialect.name == "sqlite" and sys.version_info[:3] in {(3, 12, 0), (3, 12, 1)}
+    assert len(beats(deployment)) == stays
     engine.dispose()
 
 
