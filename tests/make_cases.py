@@ -287,7 +287,8 @@ def documents() -> Iterator[Case]:
         "surrogates the wrong way round": '"\\udd11\\ud83d"',
         "a lone surrogate in a name": '{"\\ud800":1}',
     }.items():
-        yield case(f"JSON of kind 01: {comment}", PAYLOAD, framed(b"\x01" + text.encode()))
+        for kind in JSON_KINDS:
+            yield case(f"JSON of kind {kind.hex()}: {comment}", PAYLOAD, framed(kind + text.encode()))
 
 
 def bad_documents() -> dict[str, bytes]:

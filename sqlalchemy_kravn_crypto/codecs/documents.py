@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from math import isfinite
 from re import compile as compile_pattern
@@ -63,7 +64,15 @@ def _refuse_constant(_: str) -> NoReturn:
     raise ValueError
 
 
-_BIG_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    """Return a number, unless Python makes an infinity of it, which orjson refuses."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError
+    return number
+
+
+_BIG_DECODER: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
 
 
 class JSONCodec:
@@ -100,7 +109,10 @@ class JSONCodec:
             if kind == _JSON_KIND:
                 return _loads(payload[1:])
             if kind == Kind.BIG_JSON:
-                return _BIG_DECODER.decode(payload[1:].decode())
+                value = _BIG_DECODER.decode(payload[1:].decode())
+                # As orjson does, refuse half of a surrogate pair: it cannot be written again.
+                json.dumps(value, ensure_ascii=False).encode()
+                return value
         except (IndexError, ValueError, RecursionError):
             pass
         raise unreadable(payload, (Kind.JSON, Kind.BIG_JSON), "JSON")
