@@ -6,7 +6,6 @@ Each operation logs in anew and reads again what it logs in with: the next one m
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import io
 import ipaddress
@@ -34,7 +33,7 @@ from ..exceptions import (
     SettingsError,
 )
 from ..secrecy import KeepsSecret
-from .credentials import Credential, as_credential, read_secret
+from .credentials import Credential, Form, FormedSecret, as_credential, read_secret
 from .extras import import_extra
 from .findings import Validity, validity_of
 
@@ -51,6 +50,7 @@ from requests import PreparedRequest, Response, Session  # noqa: E402
 from requests.adapters import BaseAdapter, HTTPAdapter  # noqa: E402
 from urllib3 import HTTPResponse  # noqa: E402
 
+from .jwt import JWT, claims_of  # noqa: E402
 from .transport import json_object  # noqa: E402
 
 if TYPE_CHECKING:
@@ -89,54 +89,7 @@ _OTHER_HOSTS: Final = ("IDENTITY_SERVER_THUMBPRINT", "IMDS_ENDPOINT")
 _OTHER_THAN_APP_SERVICE: Final = ("MSI_ENDPOINT", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "AZURE_FEDERATED_TOKEN_FILE")
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What a secret must look like to be sent at all."""
-
-    pattern: re.Pattern[str]
-    meaning: str
-
-
-_CLIENT_SECRET: Final = _Form(re.compile(r"[!-~]{1,1024}"), "up to 1,024 printable ASCII characters")
-_JWT: Final = _Form(
-    re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"),
-    "a signed JWT: three parts in base64url, with a dot between each two",
-)
-
-
-class _Secret(KeepsSecret):
-    """A secret of a certain form.
-
-    :raises SettingsError: if it is missing or has another form.
-    """
-
-    __slots__ = ("_credential", "_form")
-
-    def __init__(self, given: str | Credential | None, setting: str, form: _Form) -> None:
-        self._credential = as_credential(given or "", setting)
-        self._form = form
-        try:
-            value = self._credential.reveal(PROVIDER)
-        except CredentialError:
-            return  # its file may not be there yet: the first operation reads it again, and says so
-        if not form.pattern.fullmatch(value):
-            raise SettingsError(f"{self._credential.setting} must be {form.meaning}.")
-
-    def now(self) -> str:
-        """Return it as it is now.
-
-        :raises CredentialError: if its file cannot be read, or holds something of another form.
-        """
-        value = self._credential.reveal(PROVIDER)
-        if not self._form.pattern.fullmatch(value):
-            raise self.malformed()
-        return value
-
-    def malformed(self) -> CredentialError:
-        """Return the error of one that has another form."""
-        return CredentialError(
-            f"{self._credential.setting} must be {self._form.meaning}. Check what writes its file.", provider=PROVIDER
-        )
+_CLIENT_SECRET: Final = Form(re.compile(r"[!-~]{1,1024}"), "up to 1,024 printable ASCII characters")
 
 
 class Login(KeepsSecret, ABC):
@@ -265,7 +218,7 @@ class _SecretLogin(_ApplicationLogin):
 
     def __init__(self, application: _Application, secret: str | Credential | None) -> None:
         super().__init__(application)
-        self._secret = _Secret(secret, self.setting, _CLIENT_SECRET)
+        self._secret = FormedSecret(as_credential(secret or "", self.setting), _CLIENT_SECRET, PROVIDER)
 
     def credential(self, transport: RequestsTransport) -> TokenCredential:
         return ClientSecretCredential(
@@ -341,12 +294,12 @@ class _WorkloadLogin(_ApplicationLogin):
 
     def __init__(self, application: _Application, token: str | Credential | None) -> None:
         super().__init__(application)
-        self._token = _Secret(token, self.setting, _JWT)
+        self._token = FormedSecret(as_credential(token or "", self.setting), JWT, PROVIDER)
 
     def credential(self, transport: RequestsTransport) -> TokenCredential:
         token = self._token.now()
-        claims = _claims(token)
-        if claims is None:
+        claims = claims_of(token)
+        if not claims:
             raise self._token.malformed()
         expires = claims.get("exp")
         if isinstance(expires, int | float) and expires <= time.time():
@@ -367,7 +320,7 @@ class _WorkloadLogin(_ApplicationLogin):
         )
 
     def validity(self) -> Validity | None:
-        return validity_of(_claims(self._token.now()) or {})
+        return validity_of(claims_of(self._token.now()))
 
 
 class _ManagedLogin(Login):
@@ -601,16 +554,6 @@ def _private_key(pem: bytes, password: bytes | None) -> tuple[RSAPrivateKey | No
         wrong = "" if password is None else f", or {setting} is wrong"
         return None, f"there is no private key in it{wrong}"
     return (key, "") if isinstance(key, RSAPrivateKey) else (None, "its private key is no RSA key")
-
-
-def _claims(token: str) -> dict[str, object] | None:
-    """Return what a token says of itself; nothing is verified, which is for whom it is sent to."""
-    payload = token.split(".")[1]
-    try:
-        content = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
-    except ValueError:
-        return None
-    return json_object(content) or None
 
 
 def _from_timestamp(seconds: float) -> dt.datetime:

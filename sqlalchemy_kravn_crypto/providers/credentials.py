@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..exceptions import CredentialError
+from ..exceptions import CredentialError, SettingsError
 from ..secrecy import KeepsSecret
 
 MAX_FILE_SIZE: Final = 65_536
@@ -51,6 +53,62 @@ class Credential(KeepsSecret):
 
     def __repr__(self) -> str:
         return f"<Credential {self.setting}{'' if self._path is None else '_FILE'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a secret must look like to be sent at all.
+
+    :param pattern: what it must match as a whole.
+    :param meaning: the same in words, for messages.
+    """
+
+    pattern: re.Pattern[str]
+    meaning: str
+
+
+class FormedSecret(KeepsSecret):
+    """A secret of a certain form.
+
+    Its file may not be there yet when this is made: the first operation reads it again, and says so.
+
+    :param provider: the provider's name, for the errors.
+    :raises SettingsError: if it can be had, and has another form.
+    """
+
+    __slots__ = ("_credential", "_form", "_provider")
+
+    def __init__(self, credential: Credential, form: Form, provider: str) -> None:
+        self._credential = credential
+        self._form = form
+        self._provider = provider
+        try:
+            value = credential.reveal(provider)
+        except CredentialError:
+            return
+        if not form.pattern.fullmatch(value):
+            raise SettingsError(f"{self.setting} must be {form.meaning}.")
+
+    @property
+    def setting(self) -> str:
+        """The variable that it is from."""
+        return self._credential.setting
+
+    def now(self) -> str:
+        """Return it as it is now.
+
+        :raises CredentialError: if its file cannot be read, or holds something of another form.
+        """
+        value = self._credential.reveal(self._provider)
+        if not self._form.pattern.fullmatch(value):
+            raise self.malformed()
+        return value
+
+    def malformed(self) -> CredentialError:
+        """Return the error of one that has another form."""
+        return CredentialError(
+            f"{self.setting} must be {self._form.meaning}. Check what writes its file.", provider=self._provider
+        )
 
 
 def as_credential(secret: str | Credential, setting: str) -> Credential:

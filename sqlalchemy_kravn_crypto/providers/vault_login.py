@@ -6,7 +6,6 @@ been renewed by then.
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import math
 import re
@@ -14,7 +13,6 @@ import ssl
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +31,9 @@ from ..exceptions import (
     SettingsError,
 )
 from ..secrecy import KeepsSecret
-from .credentials import Credential, as_credential, read_secret
+from .credentials import Credential, Form, FormedSecret, as_credential, read_secret
 from .findings import Validity, validity_of
+from .jwt import JWT, claims_of
 from .transport import json_object
 
 PROVIDER: Final = "vault"
@@ -51,62 +50,18 @@ Post = Callable[[str, Mapping[str, str]], Response]
 """Sends a JSON object to a path below ``/v1/``, without a token, and returns the answer, whatever its status."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What a secret must look like to be sent at all."""
-
-    pattern: re.Pattern[str]
-    meaning: str
-
-
-_TOKEN: Final = _Form(
+_TOKEN: Final = Form(
     re.compile(r"[!-~]{1,8192}"), "a token of printable ASCII characters, without spaces or line breaks"
 )
-_SECRET_ID: Final = _Form(
+_SECRET_ID: Final = Form(
     re.compile(r"[!-~]{1,4096}"), "a secret id of printable ASCII characters, without spaces or line breaks"
 )
-_JWT: Final = _Form(
-    re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"),
-    "a signed JWT: three parts in base64url, with a dot between each two",
-)
 
 
-class _Secret(KeepsSecret):
-    """A secret of a certain form.
-
-    :raises SettingsError: if it is missing or has another form.
-    """
-
-    __slots__ = ("_credential", "_form")
-
-    def __init__(self, given: str | Credential | None, setting: str, form: _Form, auth: str) -> None:
-        if given is None:
-            raise SettingsError(f"KRAVN_KMS_VAULT_AUTH={auth} needs {setting}.")
-        self._credential = as_credential(given, setting)
-        self._form = form
-        try:
-            value = self._credential.reveal(PROVIDER)
-        except CredentialError:
-            return  # its file may not be there yet: the first operation reads it again, and says so
-        if not form.pattern.fullmatch(value):
-            raise SettingsError(f"{self.setting} must be {form.meaning}.")
-
-    @property
-    def setting(self) -> str:
-        """The variable that it is from."""
-        return self._credential.setting
-
-    def now(self) -> str:
-        """Return it as it is now.
-
-        :raises CredentialError: if its file cannot be read, or holds something of another form.
-        """
-        value = self._credential.reveal(PROVIDER)
-        if not self._form.pattern.fullmatch(value):
-            raise CredentialError(
-                f"{self.setting} must be {self._form.meaning}. Check what writes its file.", provider=PROVIDER
-            )
-        return value
+def _secret(given: str | Credential | None, setting: str, form: Form, auth: str) -> FormedSecret:
+    if given is None:
+        raise SettingsError(f"KRAVN_KMS_VAULT_AUTH={auth} needs {setting}.")
+    return FormedSecret(as_credential(given, setting), form, PROVIDER)
 
 
 class Login(KeepsSecret, ABC):
@@ -145,7 +100,7 @@ class GivenToken(Login):
 
     def __init__(self, token: str | Credential | None, address: str) -> None:
         self._address = address
-        self._token = _Secret(token, "KRAVN_KMS_VAULT_TOKEN", _TOKEN, "token")
+        self._token = _secret(token, "KRAVN_KMS_VAULT_TOKEN", _TOKEN, "token")
         self.subject = f"the token in {self._token.setting}"
 
     def token(self, post: Post) -> str:  # noqa: ARG002 - nothing is to be sent
@@ -359,7 +314,7 @@ def _approle(mount: str | None, address: str, role_id: str | None, secret_id: st
         raise SettingsError(
             "KRAVN_KMS_VAULT_AUTH=approle needs KRAVN_KMS_VAULT_ROLE_ID, a role id of printable ASCII characters."
         )
-    secret = _Secret(secret_id, "KRAVN_KMS_VAULT_SECRET_ID", _SECRET_ID, "approle")
+    secret = _secret(secret_id, "KRAVN_KMS_VAULT_SECRET_ID", _SECRET_ID, "approle")
     check = f"KRAVN_KMS_VAULT_ROLE_ID and {secret.setting}, and from which addresses the role may be used"
     return MethodLogin("approle", mount, address, lambda: {"role_id": role_id, "secret_id": secret.now()}, check)
 
@@ -368,7 +323,7 @@ def _with_jwt(  # noqa: PLR0913, PLR0917 - two auth methods differ in the last t
     method: str, mount: str | None, address: str, role: str | None, jwt: str | Credential | None, check: str
 ) -> Login:
     name = _checked_role(role, method)
-    secret = _Secret(jwt, "KRAVN_KMS_VAULT_JWT", _JWT, method)
+    secret = _secret(jwt, "KRAVN_KMS_VAULT_JWT", JWT, method)
     return MethodLogin(
         method,
         mount,
@@ -462,7 +417,7 @@ def _checked_role(role: str | None, method: str) -> str:
     return checked_path(role, "KRAVN_KMS_VAULT_ROLE", separator=None)
 
 
-def _unexpired(secret: _Secret) -> str:
+def _unexpired(secret: FormedSecret) -> str:
     """Return a JWT as it is now, unless it says of itself that it has expired. Whether it is genuine, Vault sees to."""
     jwt = secret.now()
     expires = _claims(jwt, secret.setting).get("exp", math.inf)
@@ -478,7 +433,7 @@ def _unexpired(secret: _Secret) -> str:
 
 def _claims(jwt: str, setting: str) -> dict[str, Any]:
     """Return what a JWT says; ``exp`` is a number, if it is there."""
-    claims = json_object(_decoded(jwt.split(".")[1]))
+    claims = claims_of(jwt)
     expires = claims.get("exp", math.inf)
     # Python reads NaN from JSON too, and of that no comparison holds.
     if not claims or type(expires) not in {int, float} or not expires >= 0:
@@ -487,13 +442,6 @@ def _claims(jwt: str, setting: str) -> dict[str, Any]:
             provider=PROVIDER,
         )
     return claims
-
-
-def _decoded(part: str) -> bytes:
-    try:
-        return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
-    except ValueError:
-        return b""
 
 
 def _first_certificate(pem: str) -> x509.Certificate | None:
