@@ -29,7 +29,7 @@ from ..exceptions import (
     ProviderUnavailableError,
     SettingsError,
 )
-from .base import Deadline
+from .base import Deadline, detached
 from .extras import import_extra
 
 _botocore, _auth, _awsrequest, _config, _credentials, _errors, _session, _utils, _ = import_extra(
@@ -48,7 +48,7 @@ _botocore, _auth, _awsrequest, _config, _credentials, _errors, _session, _utils,
 from requests import PreparedRequest, Request, Response  # noqa: E402 - these need the extra
 from urllib3 import HTTPResponse  # noqa: E402
 
-from .transport import Route, bounded_session, detached, provider_error_behind  # noqa: E402
+from .transport import Route, bounded_session, provider_error_behind  # noqa: E402
 
 NAME: Final = "aws"
 

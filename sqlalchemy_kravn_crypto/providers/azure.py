@@ -28,7 +28,7 @@ from ..exceptions import (
     SettingsError,
     UnwrapRefusedError,
 )
-from .base import Deadline, Finding, KeyProvider, WrappedKey
+from .base import Deadline, Finding, KeyProvider, WrappedKey, detached
 from .credentials import Credential
 from .extras import import_extra
 from .proxy import Proxy
@@ -49,7 +49,6 @@ from .transport import (  # noqa: E402
     Route,
     as_given,
     bounded_session,
-    detached,
     json_object,
     provider_error_behind,
     tls_context,

@@ -11,10 +11,11 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Final, TypeVar, cast
 
-from ..exceptions import ProviderError, ProviderResponseError, ProviderUnavailableError
+from ..exceptions import KravnCryptoError, ProviderError, ProviderResponseError, ProviderUnavailableError
 from ..secrecy import KeepsSecret
 
 T = TypeVar("T")
+E = TypeVar("E", bound=KravnCryptoError)
 
 MAX_WRAPPED_KEY_SIZE: Final = 4096
 """Bound on a wrapped key, in bytes. RSA-4096 wraps to 512 bytes, Vault Transit to about 90, AWS KMS to about 190."""
@@ -149,6 +150,15 @@ class KeyProvider(KeepsSecret, ABC):
     @abstractmethod
     def unwrap(self, wrapped: WrappedKey, binding: bytes, deadline: Deadline) -> bytes:
         """Unwrap what :meth:`wrap` returned, under the version of the master key that wrapped it."""
+
+
+def detached(error: E) -> E:
+    """Return the error without the exceptions and stack frames it came from: those can hold secrets.
+
+    Raise it outside of ``except`` blocks, or it gets a context again.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def run_within(deadline: Deadline, provider: str, calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from ..exceptions import KravnCryptoError, SettingsError
-from .base import KeyProvider
+from .base import KeyProvider, detached
 from .credentials import Credential, read_secret
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,7 @@ def _origin(point: EntryPoint) -> str:
 def _made(name: str, given: Mapping[str, str | Credential]) -> KeyProvider:
     made = _constructed(name, given)
     if isinstance(made, KravnCryptoError):
-        # Without what it came from and the frames of the constructor, which hold secrets.
-        made.__cause__ = made.__context__ = None
-        raise made.with_traceback(None)
+        raise detached(made)
     if getattr(made, "name", None) != name:
         raise SettingsError(
             f"The entry point {name} leads to a provider whose name is another. The two must be the same, since the "

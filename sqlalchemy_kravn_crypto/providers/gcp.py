@@ -29,7 +29,7 @@ from ..exceptions import (
     SettingsError,
     UnwrapRefusedError,
 )
-from .base import MAX_WRAPPED_KEY_SIZE, Deadline, Finding, KeyProvider, WrappedKey
+from .base import MAX_WRAPPED_KEY_SIZE, Deadline, Finding, KeyProvider, WrappedKey, detached
 from .credentials import Credential, as_credential
 from .extras import import_extra
 from .fork_gate import ForkGate
@@ -51,7 +51,7 @@ from google.cloud.kms_v1 import (  # noqa: E402
 from .gcp_examination import ExaminedGcp, examine_gcp  # noqa: E402
 from .gcp_login import SETTING, GoogleLogin  # noqa: E402
 from .inspection import Server  # noqa: E402
-from .transport import MAX_ANSWER_SIZE, Resolve, Route, as_given, detached, tls_context  # noqa: E402
+from .transport import MAX_ANSWER_SIZE, Resolve, Route, as_given, tls_context  # noqa: E402
 
 _CA_BUNDLE: Final = "KRAVN_KMS_GCP_CA_BUNDLE"
 _ENDPOINT: Final = "cloudkms.googleapis.com"

@@ -11,11 +11,11 @@ from typing import Final
 from requests import Request, Response
 
 from ..exceptions import ProviderError, ProviderUnavailableError
-from .base import Deadline, Finding, Level
+from .base import Deadline, Finding, Level, detached
 from .findings import CREDENTIALS, REACHABILITY, RIGHTS, bad, good, unchecked, warning
 from .gcp_login import SETTING, GoogleLogin
 from .inspection import Server, inspect_server
-from .transport import Route, bounded_session, detached, json_object
+from .transport import Route, bounded_session, json_object
 
 _NAME: Final = "gcp"
 

@@ -29,9 +29,9 @@ from ..exceptions import (
     ProviderUnavailableError,
 )
 from ..secrecy import KeepsSecret
-from .base import Deadline
+from .base import Deadline, detached
 from .credentials import Credential, read_secret
-from .transport import Route, bounded_session, detached, json_object, provider_error_behind
+from .transport import Route, bounded_session, json_object, provider_error_behind
 
 SETTING: Final = "KRAVN_KMS_GCP_CREDENTIALS"
 

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 from requests import Request
 
 from ..exceptions import ProviderError
-from .base import Deadline, Finding
+from .base import Deadline, Finding, detached
 from .findings import CLOCK, REACHABILITY, TLS, bad, clocks_apart, good, unchecked, utc_now, valid_until
-from .transport import Route, bounded_session, connected, detached
+from .transport import Route, bounded_session, connected
 
 _DATE: Final = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")  # RFC 9110
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 import certifi
@@ -36,7 +36,7 @@ from ..exceptions import (
     ProviderUnavailableError,
     SettingsError,
 )
-from .base import Deadline
+from .base import Deadline, detached
 from .proxy import Proxy
 
 if TYPE_CHECKING:
@@ -77,8 +77,6 @@ Resolve = Callable[[str, int], Address]
 
 Inspect = Callable[[Response], None]
 """Sees every answer before the SDK does, and raises a ProviderError for one that the SDK must not see."""
-
-E = TypeVar("E", bound=ProviderError)
 
 
 def as_given(host: str, port: int) -> Address:
@@ -170,15 +168,6 @@ def json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def detached(error: E) -> E:
-    """Return the error without the exceptions and stack frames it came from: those can hold secrets.
-
-    Raise it outside of ``except`` blocks, or it gets a context again.
-    """
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
 
 
 def provider_error_behind(error: BaseException) -> ProviderError | None:

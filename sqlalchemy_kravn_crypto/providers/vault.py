@@ -27,7 +27,7 @@ from ..exceptions import (
     SettingsError,
     UnwrapRefusedError,
 )
-from .base import MAX_MASTER_KEY_LENGTH, Deadline, Finding, KeyProvider, WrappedKey
+from .base import MAX_MASTER_KEY_LENGTH, Deadline, Finding, KeyProvider, WrappedKey, detached
 from .credentials import Credential
 from .extras import import_extra
 from .proxy import Proxy
@@ -37,7 +37,7 @@ _adapters, _engines, _ = import_extra("vault", "hvac.adapters", "hvac.api.secret
 from requests import Response, Session  # noqa: E402 - these need the extra
 
 from .inspection import Server  # noqa: E402
-from .transport import Resolve, Route, as_given, bounded_session, detached, json_object, tls_context  # noqa: E402
+from .transport import Resolve, Route, as_given, bounded_session, json_object, tls_context  # noqa: E402
 from .vault_examination import ExaminedVault, examine_vault  # noqa: E402
 from .vault_login import (  # noqa: E402
     CLIENT_CERTIFICATE,
