@@ -12,6 +12,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
+from .base64_text import to_base64
 from .bootstrap import BootstrapSecret, BootstrapSecrets
 from .ciphertext import parse
 from .columns import EncryptedColumn
@@ -34,7 +35,7 @@ from .exceptions import (
 from .keyring import DataKey, Keyring
 from .providers.base import Deadline, KeyProvider, WrappedKey, run_within
 from .replicas import live_replicas
-from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, to_base64, write_rows
+from .rows import KEYRING, KeyRow, MacKey, StoredRows, connect, locked, read_rows, write_rows
 from .schema import CONTROL_ROW_ID, State
 from .secrecy import KeepsSecret
 from .wrapping import MAC_KEYRING, Blocking, checked_key, run_here, unwrapping, usable_wrap, wrap

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +14,7 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from .base64_text import from_base64, to_base64
 from .clock import database_now
 from .derivation import KEY_ID_SIZE, key_id_of, length_prefixed
 from .exceptions import (
@@ -83,13 +82,8 @@ class KeyRow:
 
         :raises MalformedRowError: if it is, or is not canonical base64.
         """
-        decoded = b""
-        encoded = self.required(column)
-        try:
-            decoded = b64decode(encoded, validate=True)
-        except (Base64Error, ValueError):
-            decoded = b""
-        if not decoded or to_base64(decoded) != encoded:
+        decoded = from_base64(self.required(column))
+        if not decoded:
             raise MalformedRowError(
                 f"Row {self.id} of kms_keys has a {column} that is not canonical base64. Restore the table from a "
                 "backup."
@@ -143,11 +137,6 @@ class StoredRows:
     def next_id(self) -> int:
         """Return the id of the next row to add."""
         return max((row.id for row in self.keys), default=CONTROL_ROW_ID) + 1
-
-
-def to_base64(value: bytes) -> str:
-    """Encode bytes as every base64 column holds them: with padding, without line breaks."""
-    return b64encode(value).decode("ascii")
 
 
 # --- What authenticates them ----------------------------------------------------------------------------------------

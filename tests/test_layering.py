@@ -14,6 +14,7 @@ SOURCE = ROOT / "sqlalchemy_kravn_crypto"
 PACKAGE = "sqlalchemy_kravn_crypto"
 
 RUNGS = {
+    "base64_text.py": 0,
     "derivation.py": 0,
     "probes.py": 0,
     "providers/fork_gate.py": 0,

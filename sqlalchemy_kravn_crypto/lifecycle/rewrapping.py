@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 
+from ..base64_text import to_base64
 from ..changes import Operator, changing
 from ..derivation import key_id_of
 from ..exceptions import ChangedMeanwhileError, StandbyError, WrongKeyError, WrongStateError
 from ..providers.base import Deadline, KeyProvider, WrappedKey, run_within
-from ..rows import KEYRING, KeyRow, StoredRows, to_base64
+from ..rows import KEYRING, KeyRow, StoredRows
 from ..schema import State
 from ..wrapping import MAC_KEYRING, checked_key, unwrapping, usable_wrap, wrap
 

@@ -5,7 +5,6 @@ The rights it needs are ``kms:Encrypt`` and ``kms:Decrypt`` on the key; a boot n
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from ..base64_text import from_base64, to_base64
 from ..derivation import KEY_ID_SIZE, KEY_SIZE, split_length_prefixed
 from ..exceptions import (
     MasterKeyNotFoundError,
@@ -145,7 +145,7 @@ class AwsProvider(KeyProvider):
             "KeyId": self._key,
             "EncryptionAlgorithm": _ALGORITHM,
             "EncryptionContext": encryption_context(binding),
-            field: base64.b64encode(value).decode(),
+            field: to_base64(value),
         }
         headers = {**_HEADERS, "X-Amz-Target": f"TrentService.{operation}"}
         response = self._login.post("kms", self._endpoint + "/", headers, json.dumps(sent).encode(), deadline)
@@ -155,7 +155,7 @@ class AwsProvider(KeyProvider):
         # Also for a multi-Region key: KMS names the replica that it was asked for.
         if (answer.get("KeyId"), answer.get("EncryptionAlgorithm")) != (self._key, _ALGORITHM):
             raise self._malformed()
-        decoded = _decoded(answer.get(result))
+        decoded = from_base64(answer.get(result))
         if not decoded:
             raise self._malformed()
         return decoded
@@ -246,14 +246,3 @@ def _code(answer: dict[str, object]) -> str:
     """Return the code of an error, which may stand behind the namespace of its shape."""
     code = answer.get("__type")
     return code.rpartition("#")[2] if isinstance(code, str) else ""
-
-
-def _decoded(text: object) -> bytes | None:
-    """Decode base64 of the one form that encoding gives."""
-    if not isinstance(text, str):
-        return None
-    try:
-        value = base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-    return value if base64.b64encode(value).decode() == text else None

@@ -20,7 +20,6 @@ wrapped key can be put in the place of another, which then fails the key check a
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
+from ..base64_text import from_base64, to_base64
 from ..derivation import KEY_SIZE
 from ..exceptions import (
     CredentialError,
@@ -125,7 +125,7 @@ class Pkcs11Provider(KeyProvider):
     def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:
         """Wrap a data key under the master key that has the configured label, and id if one is configured."""
         answer = self._ask("wrap", self._key_id, deadline, data_key, binding)
-        key_id, value = answer.get("key_id"), _decoded(answer.get("value"))
+        key_id, value = answer.get("key_id"), from_base64(answer.get("value"))
         if value is None or len(value) != _SIZES[self._mechanism]:
             raise self._malformed()
         if not isinstance(key_id, str) or not _KEY_ID.fullmatch(key_id):
@@ -148,7 +148,7 @@ class Pkcs11Provider(KeyProvider):
                 "key is used with one mechanism only.",
                 provider=self.name,
             )
-        data_key = _decoded(self._ask("unwrap", key_id, deadline, value, binding).get("value"))
+        data_key = from_base64(self._ask("unwrap", key_id, deadline, value, binding).get("value"))
         if data_key is None or len(data_key) != KEY_SIZE:
             raise self._malformed()
         return data_key
@@ -179,8 +179,8 @@ class Pkcs11Provider(KeyProvider):
                 "key_id": key_id,
                 "mechanism": self._mechanism,
                 "operation": operation,
-                "value": base64.b64encode(value).decode(),
-                "binding": base64.b64encode(binding).decode(),
+                "value": to_base64(value),
+                "binding": to_base64(binding),
             }
             line = json.dumps(request).encode() + b"\n"
             answer = self._answer(exchange(self._command, line, deadline, self.name, _environment()))
@@ -308,13 +308,6 @@ def _own_command() -> tuple[str, ...]:
 def _environment() -> dict[str, str]:
     """Return the environment for the library, which has settings of its own there; ours are none of its business."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith("KRAVN_")}
-
-
-def _decoded(text: object) -> bytes | None:
-    try:
-        return base64.b64decode(text, validate=True) if isinstance(text, str) else None
-    except ValueError:
-        return None
 
 
 def _checked_module(module: Path | str) -> Path:

@@ -6,7 +6,6 @@ The right it needs is ``update`` on ``<mount>/encrypt/<key>`` and ``<mount>/decr
 
 from __future__ import annotations
 
-import base64
 import ipaddress
 import re
 import time
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ..base64_text import from_base64, to_base64
 from ..derivation import KEY_SIZE
 from ..exceptions import (
     CredentialError,
@@ -53,7 +53,7 @@ _ADDRESS: Final = re.compile(
     r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?"
 )
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,9}):[A-Za-z0-9+/]+={0,2}")
-_NO_CIPHERTEXT: Final = "vault:v1:" + base64.b64encode(bytes(12 + KEY_SIZE + 16)).decode()
+_NO_CIPHERTEXT: Final = "vault:v1:" + to_base64(bytes(12 + KEY_SIZE + 16))
 _VERSION_ROOM: Final = len(":v") + 10
 _CA_BUNDLE: Final = "KRAVN_KMS_VAULT_CA_BUNDLE"
 
@@ -157,7 +157,7 @@ class VaultProvider(KeyProvider):
 
     def wrap(self, data_key: bytes, binding: bytes, deadline: Deadline) -> WrappedKey:
         """Wrap a data key under the newest version of the master key."""
-        plaintext, bound = base64.b64encode(data_key).decode(), base64.b64encode(binding).decode()
+        plaintext, bound = to_base64(data_key), to_base64(binding)
 
         def encrypt(transit: _Transit) -> Response:
             response = transit.encrypt_data(
@@ -184,9 +184,9 @@ class VaultProvider(KeyProvider):
                 "KRAVN_KMS_VAULT_KEY.",
                 provider=self.name,
             )
-        bound = base64.b64encode(binding).decode()
+        bound = to_base64(binding)
         response = self._logged_in(deadline, lambda transit: self._decrypt(transit, ciphertext, bound))
-        data_key = _decoded(self._field(response, "decrypt", "plaintext"))
+        data_key = from_base64(self._field(response, "decrypt", "plaintext"))
         if data_key is None or len(data_key) != KEY_SIZE:
             raise self._malformed()
         return data_key
@@ -358,15 +358,6 @@ def _sent(adapter: Any, *, path: str, body: Mapping[str, Any] | None) -> Respons
 def _version_of(ciphertext: str) -> str | None:
     found = _CIPHERTEXT.fullmatch(ciphertext)
     return found[1] if found else None
-
-
-def _decoded(text: str) -> bytes | None:
-    """Decode base64 of the one form that encoding gives."""
-    try:
-        value = base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-    return value if base64.b64encode(value).decode() == text else None
 
 
 def _checked_address(address: str) -> str:
