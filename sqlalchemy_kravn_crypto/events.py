@@ -30,6 +30,7 @@ _GENESIS: Final = "0" * 64
 _DOMAIN: Final = b"sqlalchemy-kravn-crypto/event/v1"
 _NULL: Final = b"\xff\xff\xff\xff"  # no length that LP can write
 _MAX_NAME: Final = 255
+_TEXTS: Final = ("actor", "host", "action", "key_id", "reason", "details", "previous_hash", "hash")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,19 +174,29 @@ def read_rows_and_events(connection: Connection) -> tuple[StoredRows, list[Event
 
 
 def _event(values: dict[str, Any]) -> Event:
-    details = json.loads(values["details"]) if values["details"] else {}
+    details: Any = {}
+    # Whoever can write to kms_keys as well can make the hashes anew, and SQLite keeps anything in any column.
+    if not all(isinstance(values[name], str | None) for name in _TEXTS):
+        raise _broken(f"what event {values['id']} says is no text")
+    try:
+        details = json.loads(values["details"]) if values["details"] else {}
+    except (TypeError, ValueError, RecursionError):
+        details = None
+    if not isinstance(details, dict):
+        raise _broken(f"the details of event {values['id']} are none")
     return Event(**(values | {"details": details}))
 
 
 def _rows(connection: Connection) -> Iterator[dict[str, Any]]:
     statement = select(_EVENTS).order_by(_EVENTS.c.id)
     found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
+    rows: list[dict[str, Any]] = []
     is_malformed = False
     try:
         rows = [dict(row) for row in found]
-    except ValueError:  # on SQLite a time may be any text
+    except (TypeError, ValueError):  # on SQLite a time may be anything
         is_malformed = True
-    if is_malformed:
+    if is_malformed or not all(isinstance(row["occurred_at"], datetime) for row in rows):
         raise _broken("the time of an event is none")
     for row in rows:
         yield row | {"occurred_at": as_utc(row["occurred_at"])}

@@ -212,8 +212,9 @@ def _lp(value: object) -> bytes:
 # --- Reading and writing them ---------------------------------------------------------------------------------------
 
 
-OWN_TABLES: Final = {"schema_translate_map": None}
-"""Execution options of statements on our own tables, which no ``schema_translate_map`` moves."""
+OWN_TABLES: Final = {"schema_translate_map": None, "stream_results": False, "yield_per": None}
+"""Execution options of our own statements, whatever the user's connection is set to: no ``schema_translate_map`` moves
+their tables, and they go through no cursor of the server, which PostgreSQL declares for queries only."""
 
 
 @contextmanager
@@ -272,14 +273,20 @@ def select_rows(connection: Connection) -> StoredRows:
 
 
 def _key_row(values: dict[str, Any]) -> KeyRow:
+    if not isinstance(values["id"], int):  # SQLite keeps any value in any column
+        raise MalformedRowError("A row of kms_keys has an id that is no number. Restore the table from a backup.")
     if values["state"] not in tuple(State):
         raise MalformedRowError(
             f"Row {values['id']} of kms_keys is in a state that this release does not know. Upgrade to the release "
             "that wrote it, or restore the table from a backup."
         )
-    if not isinstance(values["epoch"], int | None):  # SQLite keeps any value in any column
+    if not isinstance(values["epoch"], int | None):  # the same
         raise MalformedRowError(
             f"Row {values['id']} of kms_keys has an epoch that is no number. Restore the table from a backup."
+        )
+    if not isinstance(values["row_mac"], str | None):  # the same
+        raise MalformedRowError(
+            f"Row {values['id']} of kms_keys has a row_mac that is no text. Restore the table from a backup."
         )
     return KeyRow(**(values | {"state": State(values["state"])}))
 
@@ -295,9 +302,10 @@ def write_rows(connection: Connection, before: StoredRows, after: StoredRows) ->
         values: dict[str, Any] = {name: getattr(row, name) for name in (*_AUTHENTICATED, "row_mac", *_ADDED)}
         values["updated_at"] = database_now()
         if row.id in known:
-            connection.execute(update(_KEYS).where(_KEYS.c.id == row.id).values(values))
+            statement: Any = update(_KEYS).where(_KEYS.c.id == row.id).values(values)
         else:
-            connection.execute(insert(_KEYS).values(values | {"created_at": database_now()}))
+            statement = insert(_KEYS).values(values | {"created_at": database_now()})
+        connection.execute(statement, execution_options=OWN_TABLES)
 
 
 # --- The lock -------------------------------------------------------------------------------------------------------
@@ -357,8 +365,15 @@ def within_lock_timeout(action: Callable[[], None], message: str) -> None:
     raise KeyStoreLockedError(message)
 
 
+_MAKE_DURABLE: Final = (
+    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
+)
+
+
 def _lock_postgresql(connection: Connection, deployment_id: str, wait: float) -> None:
     connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": f"{int(wait * 1000)}ms"})
+    # Whoever has a key goes on to encrypt under it, so no crash of the database may take its row away again.
+    connection.execute(text(_MAKE_DURABLE))
     _lock_control_row(connection, deployment_id)
 
 

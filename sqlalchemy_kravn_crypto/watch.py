@@ -171,7 +171,7 @@ class Watch(KeepsSecret):
                 self._single_flight(lambda: self._look_within_transaction(connection))
             else:
                 # Begins the transaction, as the statement is about to, and with it looks.
-                connection.exec_driver_sql("SELECT 1")
+                connection.exec_driver_sql("SELECT 1", execution_options=OWN_TABLES)
         if self._settings.fence and _may_write_ciphertext(statement):
             self._fence(connection)
 
@@ -406,7 +406,7 @@ class Watch(KeepsSecret):
             if successor and connection.dialect.name == "postgresql":
                 # Without a lock it would have no transaction id yet, and not be waited for if the next primary should
                 # be retired and disabled before it has written.
-                connection.exec_driver_sql("SELECT pg_current_xact_id()")
+                connection.exec_driver_sql("SELECT pg_current_xact_id()", execution_options=OWN_TABLES)
             # Who waited for a promotion finds that the row that was waited for is no longer the primary's.
             if epoch is not None and key_id is not None:
                 return epoch, key_id

@@ -197,6 +197,28 @@ def test_the_first_transaction_leaves_a_heartbeat_and_records_the_columns(
     assert ("note", "note.content") in recorded
 
 
+@pytest.mark.parametrize("option", [{"stream_results": True}, {"yield_per": 10}], ids=["stream_results", "yield_per"])
+def test_a_connection_whose_rows_come_through_a_cursor_of_the_server_leaves_a_heartbeat_too(
+    engine: Engine, boot: Any, clock: Clock, operator: Operator, option: dict[str, Any]
+) -> None:
+    """Else a process that has no others would be taken for dead: no cursor can be declared for an UPDATE."""
+    boot()
+
+    def look() -> None:
+        with engine.connect().execution_options(**option) as connection:
+            assert connection.scalars(select(literal(1))).all() == [1]
+        keyring = current_keyring()
+        assert beats(operator) == [(keyring.primary_key_id, keyring.key_ids)]
+
+    look()
+    pending = rotated(operator)
+    clock.pass_(INTERVAL)
+    look()
+    assert pending in current_keyring().key_ids
+    with operator.engine.connect() as connection:
+        assert "note" in connection.scalars(select(TABLES.columns.c.table_name)).all()
+
+
 def test_until_a_look_is_due_nothing_is_asked_of_the_database(engine: Engine, boot: Any, clock: Clock) -> None:
     boot()
     put(engine, 1)
