@@ -382,15 +382,18 @@ class KeyStore(KeepsSecret):
             return list(live)
         loaded = []
         for row in live:
-            # The bootstrap key comes from this process's own secret, so nobody can plant it.
-            if row.provider == NO_PROVIDER or row.key_id in self.pinned:
+            # The bootstrap key comes from this process's own secret, so nobody can plant it. But whoever knows that, and
+            # writes to kms_keys, could make it primary again, and read what is written from then on.
+            is_for_reading = row.provider == NO_PROVIDER and (row.state is not State.PRIMARY or self.provider is None)
+            if is_for_reading or row.key_id in self.pinned:
                 loaded.append(row)
             elif row.state is State.PENDING:
                 logger.warning("pending data key %s is not in KRAVN_KMS_PINNED_KEYS and was left out", row.key_id)
             else:
                 raise UnpinnedKeyError(
                     f"Data key {row.key_id} is {row.state.value}, but KRAVN_KMS_PINNED_KEYS does not name it. If you "
-                    "made it, add it there; if not, find out who writes to kms_keys.",
+                    "made it, or it is the bootstrap key before a KMS is adopted, add it there; if not, find out who "
+                    "writes to kms_keys.",
                     key_id=row.key_id or "",
                 )
         return loaded
