@@ -11,7 +11,8 @@
     36     n       ciphertext
     36+n   16      tag
 
-The associated data of a value are ``frame[0:12] || LP(name)``.
+The associated data of a value are ``frame[0:12] || LP(name)``, and then ``LP(row identity)`` where the column is bound
+to its row.
 """
 
 from __future__ import annotations
@@ -62,20 +63,26 @@ LEGACY_PREFIXES: Final = tuple(f"enc:v{version}:" for version in range(10))
 
 
 class ColumnName:
-    """The name that a column's values are bound to.
+    """The name that a column's values are bound to, and their row if they are bound to it as well.
 
     :param name: ``Table.name + "." + Column.name`` as declared, or what the user pinned.
     :ivar last: what :meth:`bound_to` returned last.
+    :ivar row: the identity of the row, or ``None``.
     """
 
-    __slots__ = ("_suffix", "hint", "last", "name")
+    __slots__ = ("_suffix", "hint", "last", "name", "row")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, row: bytes | None = None) -> None:
         encoded = name.encode()
         self.name = name
+        self.row = row
         self.hint = sha256(encoded).digest()[:HINT_SIZE]
-        self._suffix = length_prefixed(encoded)
+        self._suffix = length_prefixed(encoded) if row is None else length_prefixed(encoded, row)
         self.last = (b"", b"", b"")
+
+    def of_row(self, row: bytes) -> ColumnName:
+        """Return the same name for the value of one row, by the identity of the row."""
+        return ColumnName(self.name, row)
 
     def bound_to(self, key_id: bytes) -> tuple[bytes, bytes, bytes]:
         """Return the key id, the header of every frame under it for this name, and the associated data of its values.
@@ -87,8 +94,8 @@ class ColumnName:
         self.last = found = key_id, header, header + self._suffix
         return found
 
-    def __reduce__(self) -> tuple[type[ColumnName], tuple[str]]:
-        return ColumnName, (self.name,)
+    def __reduce__(self) -> tuple[type[ColumnName], tuple[str, bytes | None]]:
+        return ColumnName, (self.name, self.row)
 
     def __repr__(self) -> str:
         return f"ColumnName({self.name!r})"

@@ -226,6 +226,7 @@ class Keyring(KeepsSecret):
 
 
 def _not_what_was_written(name: ColumnName) -> AuthenticationError:
+    moved = "another column" if name.row is None else "another row or column, or what identifies its row was changed"
     return AuthenticationError(
-        f"A value of column {name.name!r} is not what was written there: it was altered, or moved from another column."
+        f"A value of column {name.name!r} is not what was written there: it was altered, or moved from {moved}."
     )

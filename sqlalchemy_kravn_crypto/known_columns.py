@@ -34,6 +34,7 @@ from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_key_prefix
 from .columns import TEXT, EncryptedColumn
 from .exceptions import ColumnUnreachableError, UnsupportedDatabaseError
+from .row_identity import IdentityColumn, IdentityText, Kind, identity_column
 from .rows import OWN_TABLES
 from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
@@ -55,6 +56,7 @@ class KnownColumn:
     :ivar storage: ``binary`` or ``text``.
     :ivar name: the name that values are bound to.
     :ivar earlier_names: names that stored values may be bound to besides.
+    :ivar row_identity: the columns that identify the row that values are bound to; empty if they are bound to none.
     """
 
     schema: str
@@ -63,6 +65,7 @@ class KnownColumn:
     storage: str
     name: str
     earlier_names: tuple[str, ...] = ()
+    row_identity: tuple[IdentityColumn, ...] = ()
 
     @property
     def label(self) -> str:
@@ -101,9 +104,11 @@ def _known(encrypted: EncryptedColumn) -> KnownColumn:
     type_: Any = encrypted.column.type
     earlier = tuple(type_.earlier_names)
     name = str(type_.column_name)
+    bound = type_.bound_column
+    row = () if bound is None else tuple(identity_column(one) for one in bound.identity)
     # str() of each, since SQLAlchemy's quoted names are of a class of their own.
     return KnownColumn(
-        str(owner.schema or ""), str(owner.name), str(encrypted.column.name), encrypted.storage, name, earlier
+        str(owner.schema or ""), str(owner.name), str(encrypted.column.name), encrypted.storage, name, earlier, row
     )
 
 
@@ -142,9 +147,17 @@ def recorded(connection: Connection) -> list[KnownColumn]:
         columns.storage,
         columns.name,
         columns.earlier_names,
+        columns.row_identity,
     )
     found = connection.execute(statement, execution_options=OWN_TABLES)
-    return sorted(KnownColumn(*row[:-1], tuple(json.loads(row.earlier_names or "[]"))) for row in found)
+    return sorted(
+        KnownColumn(
+            *row[:-2],
+            earlier_names=tuple(json.loads(row.earlier_names or "[]")),
+            row_identity=tuple(IdentityColumn(name, Kind(kind)) for name, kind in json.loads(row.row_identity or "[]")),
+        )
+        for row in found
+    )
 
 
 def forget(connection: Connection, schema: str, table: str, column: str) -> bool:
@@ -167,6 +180,7 @@ def _upsert(dialect: str, known: KnownColumn) -> Any:
         "storage": known.storage,
         "name": known.name,
         "earlier_names": json.dumps(known.earlier_names) if known.earlier_names else None,
+        "row_identity": json.dumps(known.row_identity) if known.row_identity else None,
     }
     row = {"schema_name": known.schema, "table_name": known.table, "column_name": known.column, **values}
     if dialect == "postgresql":
@@ -231,6 +245,7 @@ class Located:
     :ivar value: the stored value, as the plain type of its storage.
     :ivar key: the columns of the primary key, in its order; empty if there is none.
     :ivar kept: columns that the database would change with every UPDATE that does not name them.
+    :ivar identity: the texts that identify the row that the value is bound to; empty if it is bound to none.
     """
 
     known: KnownColumn
@@ -238,6 +253,7 @@ class Located:
     value: ColumnClause[Any]
     key: tuple[ColumnClause[Any], ...]
     kept: tuple[ColumnClause[Any], ...] = ()
+    identity: tuple[ColumnElement[str], ...] = ()
 
     def under(self, key_id: str) -> ColumnElement[bool]:
         """Return the condition that the value is under a data key.
@@ -277,8 +293,9 @@ def located(connection: Connection, known: KnownColumn) -> Located:
         key = inspector.get_pk_constraint(known.table, schema=schema)["constrained_columns"]
     except NoSuchTableError:
         missing = True
-    if missing or known.column not in present:
-        what = "table" if missing else "column"
+    needed = {known.column, *(one.name for one in known.row_identity)}
+    if missing or not needed <= present.keys():
+        what = "table" if missing else "column" if known.column not in present else "column that identifies its rows"
         raise ColumnUnreachableError(
             f"{known.label} holds encrypted values, or did, but the {what} is not there. Migrate the database, or name "
             "the schemas where the tables are in several; if the values are gone for good, take the column off the "
@@ -288,7 +305,11 @@ def located(connection: Connection, known: KnownColumn) -> Located:
     value: ColumnClause[Any] = column(known.column, stored)
     keys = tuple(column(name, _without_domain(present[name]["type"])) for name in key)
     kept = tuple(column(name, NULLTYPE) for name in _changed_by_itself(connection, known) if name != known.column)
-    return Located(known, table(known.table, value, *keys, *kept, schema=schema), value, keys, kept)
+    rows = [column(one.name, present[one.name]["type"]) for one in known.row_identity]
+    others = {one.name: one for one in (*rows, *kept, *keys)}
+    found = table(known.table, value, *others.values(), schema=schema)
+    identity = tuple(IdentityText(found.c[one.name], one.kind) for one in known.row_identity)
+    return Located(known, found, value, keys, kept, identity)
 
 
 def _without_domain(type_: TypeEngine[Any]) -> TypeEngine[Any]:

@@ -19,6 +19,7 @@ from .key_ranges import Key
 from .keyring import Keyring
 from .known_columns import KnownColumn, located
 from .ledger import Claim, Counts, Shard, advance, are_unfinished, claim, finish, release
+from .row_identity import identity_of
 from .stale_values import StaleValues
 
 MOST_UNREADABLE: Final = 1000
@@ -186,10 +187,13 @@ class Worker:
         self.connection.rollback()
         if not rows:
             return None
-        *columns, stored = zip(*rows, strict=True)
-        keys: list[Key] = list(zip(*columns, strict=True))
+        width = len(values.keys.columns)
+        fields = list(zip(*rows, strict=True))
+        keys: list[Key] = list(zip(*fields[:width], strict=True))
         last = keys[-1]
-        before, new, errors = self._reencrypted(claimed.shard, stored)
+        before, new, errors = self._reencrypted(
+            claimed.shard, fields[width], list(zip(*fields[width + 1 :], strict=True))
+        )
         label = claimed.shard.column.label
         unreadable = [UnreadableValue(label, keys[place], error) for place, error in errors.items()]
         if errors:
@@ -203,32 +207,45 @@ class Worker:
             self.connection.rollback()
         return _Batch(last, counts, unreadable, is_entered)
 
-    def _reencrypted(self, shard: Shard, stored: Sequence[Any]) -> tuple[Sequence[Any], list[Any], dict[int, str]]:
-        """Return the values that decrypt, their new values, and by their places the errors of those that do not."""
-        reencrypt, storage, label = self._reencryptor(shard), shard.column.storage, shard.column.label
+    def _reencrypted(
+        self, shard: Shard, stored: Sequence[Any], identities: Sequence[tuple[str, ...]]
+    ) -> tuple[Sequence[Any], list[Any], dict[int, str]]:
+        """Return the values that decrypt, their new values, and by their places the errors of those that do not.
 
-        def renewed(one: Any) -> Any:
-            new = reencrypt(frame_of(one, storage, label))
+        :param identities: what identifies the row of each, if they are bound to their rows.
+        """
+        keyring, reencrypt = self._reencryptor(shard)
+        column, storage, label = shard.column, shard.column.storage, shard.column.label
+
+        def of_row(texts: tuple[str, ...]) -> Callable[[bytes], bytes]:
+            row = identity_of(texts)
+            return keyring.reencryptor(
+                ColumnName(column.name, row), [ColumnName(name, row) for name in column.earlier_names]
+            )
+
+        def renewed(place: int) -> Any:
+            frame = frame_of(stored[place], storage, label)
+            new = of_row(identities[place])(frame) if identities else reencrypt(frame)
             return to_text(new) if storage == TEXT else new
 
         try:
             # Nearly always all are frames already: the way of a value is then no longer than it must be.
-            if storage == BINARY and set(map(type, stored)) == {bytes}:
+            if storage == BINARY and not identities and set(map(type, stored)) == {bytes}:
                 return stored, [reencrypt(one) for one in stored], {}
-            return stored, [renewed(one) for one in stored], {}
+            return stored, [renewed(place) for place in range(len(stored))], {}
         except DecryptionError:
             pass
         before, after, errors = list[Any](), list[Any](), dict[int, str]()
         for place, one in enumerate(stored):
             try:
-                after.append(renewed(one))
+                after.append(renewed(place))
             except DecryptionError as error:
                 errors[place] = type(error).__name__
             else:
                 before.append(one)
         return before, after, errors
 
-    def _reencryptor(self, shard: Shard) -> Callable[[bytes], bytes]:
+    def _reencryptor(self, shard: Shard) -> tuple[Keyring, Callable[[bytes], bytes]]:
         keyring = self.keyring()
         if keyring.primary_key_id != shard.key_id:
             raise OutdatedKeyringError(
@@ -239,7 +256,7 @@ class Worker:
         if self._last is None or self._last[:2] != (keyring, shard.column):
             earlier = map(ColumnName, shard.column.earlier_names)
             self._last = keyring, shard.column, keyring.reencryptor(ColumnName(shard.column.name), earlier)
-        return self._last[2]
+        return keyring, self._last[2]
 
 
 class _Batch(NamedTuple):

@@ -138,6 +138,7 @@ def _columns(metadata: MetaData) -> Table:
         Column("name", Text, nullable=False),
         Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
         Column("earlier_names", Text),
+        Column("row_identity", Text),
         PrimaryKeyConstraint("schema_name", "table_name", "column_name", name="pk_kms_columns"),
         schema=BLANK_SCHEMA,
     )

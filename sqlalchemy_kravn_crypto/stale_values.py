@@ -60,7 +60,7 @@ class StaleValues:
     # --- Reading -----------------------------------------------------------------------------------------------------
 
     def read(self, connection: Connection, after: Key | None, limit: int) -> Sequence[Any]:
-        """Return the next rows: the columns of the primary key, and the stored value as the driver has it.
+        """Return the next rows: the primary key, the stored value as the driver has it, and what identifies the row.
 
         :param after: the last key of the rows before; ``None`` at the beginning of the range.
         """
@@ -87,7 +87,7 @@ class StaleValues:
     def _reading(self, conditions: Sequence[ColumnElement[bool]]) -> Any:
         key = self.keys.columns
         return (
-            select(*key, type_coerce(self._located.value, NULLTYPE))
+            select(*key, type_coerce(self._located.value, NULLTYPE), *self._located.identity)
             .where(*conditions)
             .order_by(*key)
             .limit(bindparam("kravn_limit", type_=Integer()))

@@ -275,6 +275,12 @@ def _check_assignment(table: Any, key: Any, value: Any, *, takes_type: bool = Tr
             f"{shown_name(value)} is encrypted, and {column.name!r}, which it is assigned to, is not. Load the value "
             f"and assign it. {_CIPHERTEXT_MEANT}"
         )
+    is_selected = not takes_type
+    if (target.bind_row or source.bind_row) and (is_selected or not _is_of_the_same_row(table, column, value)):
+        raise UnsupportedOperationError(
+            f"{shown_name(column)} is assigned the ciphertext of {shown_name(value)}, which is bound to its row and "
+            "can only be decrypted there. Load the value and assign it."
+        )
     if not _reads(target, source):
         raise UnsupportedOperationError(
             f"{shown_name(column)} is assigned the ciphertext of {shown_name(value)}, which can only be decrypted "
@@ -306,9 +312,19 @@ def _check_choice(alternatives: Iterable[Any], result: Any, where: str) -> None:
         )
 
 
+def _is_of_the_same_row(table: Any, column: Any, value: Any) -> bool:
+    """Tell whether a value is a column itself, or what an upsert would have inserted into it."""
+    source: Any = getattr(value, "table", None)
+    if getattr(value, "key", None) != column.key:
+        return False
+    return source is table or (getattr(source, "element", None) is table and source.name in {"excluded", "new"})
+
+
 def _reads(target: EncryptedType[Any], source: EncryptedType[Any] | None) -> bool:
     """Tell whether one type decrypts all that another may have encrypted."""
     if source is None:
+        return False
+    if source.bind_row != target.bind_row:
         return False
     written = {source.column_name, *source.earlier_names}
     return source.storage == target.storage and written <= {target.column_name, *target.earlier_names}

@@ -11,6 +11,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from sqlalchemy import Column, Table, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import SchemaEventTarget
+from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import LargeBinary, Text, TypeDecorator, TypeEngine, to_instance
 
 from .ciphertext import ColumnName, to_text
@@ -23,6 +24,8 @@ from .comparator import RefusingComparator
 from .context import current_keyring, keyring_to_write, report_unknown_key
 from .declarations import refuse_meaningless
 from .exceptions import ColumnError, UnknownKeyError, UnstorableValueError
+from .row_binding import AwaitingRow, BoundColumn, listen
+from .row_identity import identity_columns, split, with_row
 
 T = TypeVar("T")
 
@@ -36,10 +39,12 @@ class _Attachment:
     A box, since SQLAlchemy copies the type for every dialect, and may do so before the column is in a table.
     """
 
-    __slots__ = ("name",)
+    __slots__ = ("bound", "column", "name")
 
     def __init__(self, name: ColumnName | None) -> None:
         self.name = name
+        self.column: Column[Any] | None = None
+        self.bound: BoundColumn | None = None
 
 
 class EncryptedType(TypeDecorator[T], Generic[T]):
@@ -53,6 +58,9 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
     :param storage: ``"binary"`` (``BYTEA``, ``BLOB``, ``LONGBLOB``) or ``"text"``.
     :param earlier_names: names that stored values may be bound to besides, from before a rename. They are read; what is
         written is bound to the present name.
+    :param bind_row: the name of the column, or the names of the columns, of the same table that values are bound to
+        besides: a key that the program generates, a tenant. A value that is copied to a row where these differ does not
+        decrypt there.
     :raises ColumnError: if any of them is malformed.
     """
 
@@ -63,7 +71,12 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
     _codec: Codec
 
     def __init__(
-        self, *, associated_data: str | None = None, storage: str = BINARY, earlier_names: Iterable[str] = ()
+        self,
+        *,
+        associated_data: str | None = None,
+        storage: str = BINARY,
+        earlier_names: Iterable[str] = (),
+        bind_row: str | Iterable[str] = (),
     ) -> None:
         super().__init__()
         if storage not in STORAGES:
@@ -73,6 +86,7 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         self.associated_data = associated_data
         self.storage = storage
         self.earlier_names = tuple(earlier_names)
+        self.bind_row = (bind_row,) if isinstance(bind_row, str) else tuple(bind_row)
         self._is_text = storage == TEXT
         self._attachment = _Attachment(None if associated_data is None else _column_name(associated_data))
         self._earlier = tuple(_column_name(name) for name in self.earlier_names)
@@ -112,7 +126,31 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         if self.associated_data is None:
             self._attachment.name = ColumnName(f"{table.name}.{column.name}")
             self._refuse_ambiguous_names()
+        self._attachment.column = column
+        if self.bind_row:
+            from .bound_objects import listen as listen_to_mappers  # noqa: PLC0415 - Core does without the ORM
+
+            listen()
+            listen_to_mappers()
         register(column)
+
+    @property
+    def bound_column(self) -> BoundColumn | None:
+        """The column with those that identify its row, or ``None`` if values are bound to no row.
+
+        :raises ColumnError: if values cannot be bound to those.
+        """
+        return self._bound_column() if self.bind_row else None
+
+    def _bound_column(self) -> BoundColumn:
+        attachment = self._attachment
+        if attachment.bound is None:
+            column, name = attachment.column, self._name().name
+            if column is None:
+                raise ColumnError(f"{self!r} belongs to no column of a table, so its values have no row.")
+            # Not when the type is attached: then the table does not have all of its columns yet.
+            attachment.bound = BoundColumn(column, tuple(identity_columns(column.table, self.bind_row, name)))
+        return attachment.bound
 
     def _refuse_ambiguous_names(self) -> None:
         by_hint = {name.hint: name.name for name in self._earlier}
@@ -130,7 +168,12 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         key = super()._static_cache_key
         if not isinstance(key, tuple):
             return key
-        return (*key, ("column", self.column_name, self.earlier_names), ("storage", self.storage))
+        return (
+            *key,
+            ("column", self.column_name, self.earlier_names),
+            ("storage", self.storage),
+            ("row", self.bind_row),
+        )
 
     def __repr__(self) -> str:
         parameters = self._shown_parameters()
@@ -140,6 +183,8 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             parameters.append(f"storage={self.storage!r}")
         if self.earlier_names:
             parameters.append(f"earlier_names={self.earlier_names!r}")
+        if self.bind_row:
+            parameters.append(f"bind_row={self.bind_row!r}")
         return f"{type(self).__name__}({', '.join(parameters)})"
 
     def _shown_parameters(self) -> list[str]:
@@ -174,11 +219,11 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             return super().bind_processor(dialect)
         own = None if dialect.name in _PLAIN_BYTES else self.impl_instance.bind_processor(dialect)
         # For bytes, and not for a bytearray, Python's sqlite3 looks for an adapter first, with every value.
-        encrypt = self._encryptor(bytearray if dialect.name == "sqlite" else bytes)
+        binary = bytearray if dialect.name == "sqlite" else bytes
         if own is None:
-            return encrypt
+            return self._encryptor(binary)
         driver: Callable[[Any], Any] = own
-        return lambda value: driver(encrypt(value))
+        return self._encryptor(lambda frame: driver(binary(frame)))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
         """Return what decrypts a value that was loaded."""
@@ -210,6 +255,8 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
     # Closures, since they are called for every value: looking the same things up on `self` costs a tenth of the whole.
 
     def _encryptor(self, binary: Callable[[bytes], Any]) -> Callable[[Any], Any]:
+        if self.bind_row:
+            return self._binder(binary)
         attachment, unattached, encode = self._attachment, self._name, self._codec.encode
         stored = to_text if self._is_text else binary
 
@@ -228,7 +275,56 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
 
         return encrypt
 
+    def _binder(self, binary: Callable[[bytes], Any]) -> Callable[[Any], Any]:
+        bound, name, encode = self._bound_column(), self._name(), self._codec.encode
+        stored = to_text if self._is_text else binary
+
+        def await_row(value: Any) -> Any:
+            if value is None:
+                return None
+            keyring = keyring_to_write()
+            try:
+                payload = encode(value)
+            except UnstorableValueError as error:
+                refused = error
+            else:
+                return AwaitingRow(bound, lambda row: stored(keyring.encrypt(payload, name.of_row(row))))
+            raise refused.for_column(name.name)
+
+        return await_row
+
+    def _unbinder(self) -> Callable[[Any], Any]:
+        name, earlier, decode, label = self._name(), self._earlier, self._codec.decode, self.column_name
+        columns = len(self.bind_row)
+
+        def decrypt(selected: Any) -> Any:
+            if selected is None:
+                return None
+            keyring = current_keyring()
+            row, stored = split(selected, columns, label)
+            frame = frame_of(stored, self.storage, label)
+            try:
+                payload = keyring.decrypt(frame, name.of_row(row), [one.of_row(row) for one in earlier])
+            except UnknownKeyError:
+                report_unknown_key()
+                raise
+            return decode(payload)
+
+        return decrypt
+
+    def column_expression(self, colexpr: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Return what a value is selected as: of a column that is bound to its row, with the identity of the row.
+
+        :raises UnsupportedOperationError: if the columns that identify the row are not to be had there.
+        """
+        bound = self.bound_column
+        if bound is None:
+            return colexpr
+        return with_row(colexpr, bound.identity, is_text=self._is_text, type_=self, bound=self.column_name)
+
     def _decryptor(self) -> Callable[[Any], Any]:
+        if self.bind_row:
+            return self._unbinder()
         attachment, unattached, decode, earlier = self._attachment, self._name, self._codec.decode, self._earlier
         is_text = self._is_text
 
@@ -306,10 +402,13 @@ class EncryptedJSON(EncryptedType[Any]):
         associated_data: str | None = None,
         storage: str = BINARY,
         earlier_names: Iterable[str] = (),
+        bind_row: str | Iterable[str] = (),
     ) -> None:
         if isinstance(python_type, str):
             raise ColumnError("EncryptedJSON takes a Python type; a name goes into associated_data='table.column'.")
-        super().__init__(associated_data=associated_data, storage=storage, earlier_names=earlier_names)
+        super().__init__(
+            associated_data=associated_data, storage=storage, earlier_names=earlier_names, bind_row=bind_row
+        )
         self._python_type = python_type
         if python_type is not None:
             from .codecs.objects import ObjectCodec  # noqa: PLC0415 - pydantic is slow to import
@@ -376,8 +475,11 @@ class Encrypted(EncryptedType[T]):
         associated_data: str | None = None,
         storage: str = BINARY,
         earlier_names: Iterable[str] = (),
+        bind_row: str | Iterable[str] = (),
     ) -> None:
-        super().__init__(associated_data=associated_data, storage=storage, earlier_names=earlier_names)
+        super().__init__(
+            associated_data=associated_data, storage=storage, earlier_names=earlier_names, bind_row=bind_row
+        )
         self.type_: TypeEngine[T] = to_instance(type_)
         self._codec = codec_for(self.type_)
         self.hashable = self.type_.hashable

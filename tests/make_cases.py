@@ -38,6 +38,8 @@ MALFORMED, ALGORITHM, UNKNOWN, COLUMN, TAG, PAYLOAD = (
     "MalformedPayloadError",
 )
 
+JSON_TRUE = b"\x01true"
+
 Case = dict[str, Any]
 
 
@@ -409,8 +411,59 @@ def values() -> Iterator[Case]:
         yield case(f"{type_}: {comment}", PAYLOAD, framed(payload), type_=type_)
 
 
+# --- Values that are bound to their row ------------------------------------------------------------------------------
+
+
+def of_row(row: list[str] | None, name: str = NAME) -> bytes:
+    return reference.frame(KEY, name, drawn(f"of the row {row}", 24), JSON_TRUE, row)
+
+
+def row_cases() -> Iterator[Case]:
+    uuid = "0f0e0d0c0b0a09080706050403020100"
+    rows = (["1"], ["-9223372036854775808"], [uuid], [""], ["größe", "\N{GRINNING FACE}"], ["tenant", uuid, "7"])
+    for row in rows:
+        yield opens(f"of the row {row}", "json", JSON_TRUE, "true", stored=of_row(row)) | {"row": row}
+    yield opens("of a row, as text", "json", JSON_TRUE, "true", stored=reference.text(of_row(["1"]))) | {"row": ["1"]}
+    written = of_row(["1"], OLD)
+    yield opens("of a row, of an earlier name", "json", JSON_TRUE, "true", stored=written, earlier=(OLD,)) | {
+        "row": ["1"]
+    }
+    moved: tuple[tuple[str, list[str] | None, list[str] | None], ...] = (
+        ("another row", ["1"], ["2"]),
+        ("no row, read with one", None, ["1"]),
+        ("a row, read without", ["1"], None),
+        ("an empty identity, read without", [], None),
+        ("no row, read with an empty identity", None, []),
+        ("an empty text, read as no text", [""], []),
+        ("two texts, read as one", ["a", "b"], ["ab"]),
+        ("two texts, cut elsewhere", ["a", "bc"], ["ab", "c"]),
+        ("two texts in another order", ["a", "b"], ["b", "a"]),
+        ("one more text", ["1"], ["1", ""]),
+        ("one text less", ["1", "2"], ["1"]),
+        ("an integer with a zero before it", ["1"], ["01"]),
+        ("an integer with a plus before it", ["1"], ["+1"]),
+        ("a UUID in capitals", [uuid], [uuid.upper()]),
+        ("a UUID with hyphens", [uuid], [f"{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}"]),
+        ("another normal form", ["gr\u00f6\u00dfe"], ["gro\u0308\u00dfe"]),
+        ("a space behind it", ["a"], ["a "]),
+    )
+    for comment, written_for, read_in in moved:
+        found = case(f"of a row: {comment}", TAG, of_row(written_for))
+        yield found if read_in is None else found | {"row": read_in}
+    header = of_row(None)[:12]
+    for comment, associated_data in {
+        "the texts without their lengths": header + reference.lp(NAME.encode()) + reference.lp(b"1"),
+        "the identity without its length": header + reference.lp(NAME.encode()) + reference.lp(reference.lp(b"1"))[4:],
+        "the identity before the name": header + reference.lp(reference.lp(b"1")) + reference.lp(NAME.encode()),
+    }.items():
+        nonce = drawn(comment, 24)
+        key = reference.expand(KEY, "aead/02")
+        stored = header + nonce + reference.xaes_encrypt(key, nonce, JSON_TRUE, associated_data)
+        yield case(f"of a row: {comment}", TAG, stored) | {"row": ["1"]}
+
+
 def cases() -> list[Case]:
-    found = (key_and_name_cases, frame_cases, text_cases, documents, kinds_nobody_reads, values)
+    found = (key_and_name_cases, frame_cases, text_cases, documents, kinds_nobody_reads, values, row_cases)
     return [entry for make in found for entry in make()]
 
 

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import math
 from base64 import b64encode
+from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from uuid import UUID
@@ -75,9 +76,12 @@ def hint(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()[:2]
 
 
-def frame(key: bytes, name: str, nonce: bytes, payload: bytes) -> bytes:
+def frame(key: bytes, name: str, nonce: bytes, payload: bytes, row: Sequence[str] | None = None) -> bytes:
     header = b"\xf9\x02" + key_id(key) + hint(name)
-    return header + nonce + xaes_encrypt(expand(key, "aead/02"), nonce, payload, header + lp(name.encode()))
+    associated_data = header + lp(name.encode())
+    if row is not None:
+        associated_data += lp(lp(*(text.encode() for text in row)))
+    return header + nonce + xaes_encrypt(expand(key, "aead/02"), nonce, payload, associated_data)
 
 
 def text(value: bytes) -> str:

@@ -495,4 +495,4 @@ def test_the_revisions_of_the_package_are_one_line() -> None:
     from sqlalchemy_kravn_crypto.migrate import _config
 
     scripts = ScriptDirectory.from_config(_config())
-    assert scripts.get_heads() == ["0002"]
+    assert scripts.get_heads() == ["0003"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.ciphertext import (
     KEY_PREFIX_SIZE,
+    LEGACY_PREFIXES,
     MIN_FRAME_SIZE,
     TEXT_FRAME_START,
     TEXT_HEADER_SIZE,
@@ -150,6 +151,23 @@ def test_refuses_every_length_below_the_minimum(size: int) -> None:
         parse(FRAME[:size])
 
 
+def test_the_error_names_the_algorithm() -> None:
+    with pytest.raises(errors.UnsupportedAlgorithmError, match="algorithm 0x07,"):
+        parse(b"\xf9\x07" + FRAME[2:])
+
+
+def test_what_values_in_text_storage_begin_with() -> None:
+    # F9 02 is 111110 010000 0010..: two whole characters.
+    assert TEXT_FRAME_START == "enc:v3:-Q"
+    assert LEGACY_PREFIXES[0] == "enc:v0:"
+    assert LEGACY_PREFIXES[-1] == "enc:v9:"
+    assert len(LEGACY_PREFIXES) == 10
+
+
+def test_the_frame_of_an_empty_payload_is_a_frame() -> None:
+    assert parse(FRAME[:MIN_FRAME_SIZE]).body == FRAME[36:52]
+
+
 @pytest.mark.parametrize(
     ("read", "stored"),
     [
@@ -196,6 +214,8 @@ def test_what_is_no_start_of_a_frame_has_no_key(start: bytes) -> None:
     assert key_id_of_start(start) is None
 
 
-@pytest.mark.parametrize("start", ["", TEXT[:22], TEXT[:24], TEXT[:22] + "!", "enc:v2" + TEXT[6:23], "p" * 23])
+@pytest.mark.parametrize(
+    "start", ["", TEXT[:22], TEXT[:24], TEXT[:27], TEXT[:22] + "!", "enc:v2" + TEXT[6:23], "p" * 23]
+)
 def test_what_is_no_start_of_text_storage_has_no_key(start: str) -> None:
     assert key_id_of_text_start(start) is None

@@ -22,6 +22,7 @@ from sqlalchemy_kravn_crypto.ciphertext import ColumnName, from_text
 from sqlalchemy_kravn_crypto.codecs.base import Codec
 from sqlalchemy_kravn_crypto.codecs.selection import codec_for
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
+from sqlalchemy_kravn_crypto.row_identity import identity_of
 from tests import make_cases
 
 HERE = Path(__file__).parent
@@ -174,8 +175,9 @@ def read(case: dict[str, Any]) -> tuple[bytes, Any]:
     # A keyring has a primary always; that of a case without a key is another.
     primary, *others = [DataKey(bytes.fromhex(key)) for key in case["keys"]] or [DataKey.generate()]
     frame = from_text(case["text"]) if "text" in case else bytes.fromhex(case["stored"])
-    earlier = [ColumnName(name) for name in case["earlier_names"]]
-    payload = Keyring(primary, others).decrypt(frame, ColumnName(case["name"]), earlier)
+    row = identity_of(case["row"]) if "row" in case else None
+    earlier = [ColumnName(name, row) for name in case["earlier_names"]]
+    payload = Keyring(primary, others).decrypt(frame, ColumnName(case["name"], row), earlier)
     return payload, CODECS[case["type"]].decode(payload)
 
 

@@ -136,6 +136,7 @@ def test_value_under_another_key_than_the_primary_is_stale() -> None:
     keyring = Keyring(new, [old])
     assert keyring.is_stale(Keyring(old).encrypt(PAYLOAD, NAME))
     assert not keyring.is_stale(keyring.encrypt(PAYLOAD, NAME))
+    assert Keyring(old, [new]).is_stale(keyring.encrypt(PAYLOAD, NAME))
     # Under a key that is not at hand it is stale, too; that needs no decryption.
     assert keyring.is_stale(Keyring(DataKey.generate()).encrypt(PAYLOAD, NAME))
     with pytest.raises(errors.MalformedCiphertextError):
@@ -444,3 +445,53 @@ def test_what_nobody_loads_any_more_can_be_kept_for_what_was_read_before() -> No
     with pytest.raises(errors.UnknownKeyError):
         kept.decrypt(frames[2], ColumnName("table.column"))
     assert after.keeping(Keyring(new)) is after
+
+
+def test_what_is_kept_changes_nothing_else() -> None:
+    gone, bootstrap, new = (DataKey.generate() for _ in range(3))
+    never_held = {"disabled": DataKey.generate(), "destroyed": DataKey.generate()}
+    after = Keyring(
+        new,
+        [bootstrap],
+        disabled=[never_held["disabled"].key_id.hex()],
+        destroyed=[gone.key_id.hex(), never_held["destroyed"].key_id.hex()],
+        bootstrap=[bootstrap.key_id.hex()],
+    )
+    kept = after.keeping(Keyring(gone))
+    assert kept.key_ids == {key.key_id.hex() for key in (gone, bootstrap, new)}
+    for keyring in (after, kept):
+        assert keyring.verifying(accept_bootstrap=True) == (new, [bootstrap])
+        assert keyring.verifying(accept_bootstrap=False) == (new, [])
+        with pytest.raises(errors.DisabledKeyError):
+            keyring.decrypt(Keyring(never_held["disabled"]).encrypt(PAYLOAD, NAME), NAME)
+        with pytest.raises(errors.DestroyedKeyError):
+            keyring.decrypt(Keyring(never_held["destroyed"]).encrypt(PAYLOAD, NAME), NAME)
+
+
+# --- Signatures ------------------------------------------------------------------------------------------------------
+
+
+def test_signatures_are_good_under_what_is_loaded_and_neither_disabled_nor_destroyed() -> None:
+    primary, retired, bootstrap, disabled, destroyed = (DataKey.generate() for _ in range(5))
+    keyring = Keyring(
+        primary,
+        [retired, disabled, bootstrap, destroyed],
+        disabled=[disabled.key_id.hex()],
+        destroyed=[destroyed.key_id.hex()],
+        bootstrap=[bootstrap.key_id.hex()],
+    )
+    assert keyring.verifying(accept_bootstrap=False) == (primary, [retired])
+    assert keyring.verifying(accept_bootstrap=True) == (primary, [retired, bootstrap])
+
+
+def test_where_the_primary_is_a_bootstrap_key_those_before_it_are_good_too() -> None:
+    new, old = DataKey.generate(), DataKey.generate()
+    keyring = Keyring(new, [old], bootstrap=[new.key_id.hex(), old.key_id.hex()])
+    assert keyring.verifying(accept_bootstrap=False) == (new, [old])
+
+
+def test_a_data_key_is_found_by_its_key_id() -> None:
+    primary, other = DataKey.generate(), DataKey.generate()
+    keyring = Keyring(primary, [other])
+    assert [keyring.data_key(key.key_id.hex()) for key in (primary, other)] == [primary, other]
+    assert keyring.data_key(DataKey.generate().key_id.hex()) is None

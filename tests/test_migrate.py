@@ -31,7 +31,7 @@ def test_it_creates_the_tables_and_can_be_run_twice(engine: Engine) -> None:
     migrate(engine)
     assert set(inspect(engine).get_table_names()) == ALL
     with engine.connect() as connection:
-        assert connection.scalars(text("SELECT version_num FROM kms_alembic_version")).all() == ["0002"]
+        assert connection.scalars(text("SELECT version_num FROM kms_alembic_version")).all() == ["0003"]
 
 
 def test_it_creates_what_the_schema_module_describes(engine: Engine) -> None:

@@ -34,7 +34,7 @@ function fromText(text) {
   need(frame.length > 0 && `enc:v3:${frame.toString("base64url")}` === text, "MalformedCiphertextError");
   return frame;
 }
-function decrypt(frame, keys, names) {
+function decrypt(frame, keys, names, row) {
   need(frame[0] === 0xf9, "MalformedCiphertextError");
   need(frame.length < 2 || frame[1] === 2, "UnsupportedAlgorithmError");
   need(frame.length >= 52, "MalformedCiphertextError");
@@ -44,7 +44,7 @@ function decrypt(frame, keys, names) {
   need(name !== undefined, "WrongColumnError");
   const nonce = frame.subarray(12, 36);
   const cipher = createDecipheriv("aes-256-gcm", xaesSubkey(expand(key, "aead/02"), nonce), nonce.subarray(12));
-  cipher.setAAD(Buffer.concat([frame.subarray(0, 12), lp(name)])).setAuthTag(frame.subarray(-16));
+  cipher.setAAD(Buffer.concat([frame.subarray(0, 12), lp(name), row ? lp(lp(...row)) : Buffer.alloc(0)])).setAuthTag(frame.subarray(-16));
   const payload = cipher.update(frame.subarray(36, -16));
   attempt(() => cipher.final(), Error, "AuthenticationError");
   return payload;
@@ -130,7 +130,7 @@ const READERS = {
 function open(entry, stored, frameOf) {
   try {
     const keys = (entry.keys ?? [entry.key]).map(fromHex);
-    const payload = decrypt(frameOf(stored), keys, [entry.name, ...(entry.earlier_names ?? [])]);
+    const payload = decrypt(frameOf(stored), keys, [entry.name, ...(entry.earlier_names ?? [])], entry.row);
     const read = need(READERS[entry.type ?? "json"][payload[0]]);
     return { payload: payload.toString("hex"), value: String(read(payload.subarray(1))) };
   } catch (error) {
