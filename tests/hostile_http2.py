@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,9 @@ def headers(status: bytes, *fields: bytes, flags: int = _END_HEADERS) -> bytes:
     return frame(_HEADERS, flags, 1, field(b":status", status) + b"".join(fields))
 
 
-def answers_without_grpc(status: bytes) -> Raw:
+def answers_without_grpc(status: bytes, *fields: bytes) -> Raw:
     """Answer as a web server does that knows nothing of gRPC."""
-    head = headers(status, field(b"content-type", b"text/html"))
+    head = headers(status, field(b"content-type", b"text/html"), *fields)
     return _to_request(lambda connection: connection.sendall(head + frame(_DATA, _END_STREAM, 1, b"<html>no</html>")))
 
 
@@ -68,15 +69,31 @@ def _endlessly(start: bytes, more: bytes, pause: float = 0) -> Raw:
 
 
 _OK = headers(b"200", field(b"content-type", b"application/grpc"))
+_COMPRESSED = headers(b"200", field(b"content-type", b"application/grpc"), field(b"grpc-encoding", b"gzip"))
+_BOMB = gzip.compress(bytes(50_000_000))
 _MESSAGE_START = frame(_DATA, 0, 1, b"\0" + (90_000).to_bytes(4, "big"))
 
 DRIPS_MESSAGE = _endlessly(_OK + _MESSAGE_START, frame(_DATA, 0, 1, b"x"), 0.02)
 ENDLESS_MESSAGE = _endlessly(_OK + _MESSAGE_START, frame(_DATA, 0, 1, b"x" * 16_000))
+DRIPS_HEADERS = _endlessly(
+    frame(_HEADERS, 0, 1, field(b":status", b"200")), frame(_CONTINUATION, 0, 1, field(b"x", b"x")), 0.02
+)
+LARGE_MESSAGE = _endlessly(
+    _OK + frame(_DATA, 0, 1, b"\0" + (200_000_000).to_bytes(4, "big")), frame(_DATA, 0, 1, b"x" * 16_000)
+)
 ENDLESS_HEADERS = _endlessly(
     frame(_HEADERS, 0, 1, field(b":status", b"200")), frame(_CONTINUATION, 0, 1, field(b"x-long", b"x" * 100) * 100)
 )
 ENDLESS_INTERIM_ANSWERS = _endlessly(b"", headers(b"103") * 100)
 ENDLESS_PINGS = _endlessly(_OK, frame(_PING, 0, 0, bytes(8)) * 100)
 ENDLESS_SETTINGS = _endlessly(_OK, frame(_SETTINGS, 0, 0) * 100)
+GZIP_BOMB = _to_request(
+    lambda connection: connection.sendall(
+        _COMPRESSED
+        + frame(_DATA, 0, 1, b"\1" + len(_BOMB).to_bytes(4, "big"))
+        + b"".join(frame(_DATA, 0, 1, _BOMB[start : start + 16_000]) for start in range(0, len(_BOMB), 16_000))
+        + frame(_HEADERS, _END_HEADERS | _END_STREAM, 1, field(b"grpc-status", b"0"))
+    )
+)
 GOES_AWAY = _to_request(lambda connection: connection.sendall(frame(_GOAWAY, 0, 0, bytes(8))))
 RESETS = _to_request(lambda connection: connection.sendall(frame(_RST_STREAM, 0, 1, (2).to_bytes(4, "big"))))

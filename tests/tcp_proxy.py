@@ -23,6 +23,11 @@ class TCPProxy:
         self.connections = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def hold_from(self, connection: int) -> None:
+        """Hold what comes from a connection on, counted from 0, until it is released again."""
+        self._released.clear()
+        self._hold_from = connection
+
     def release(self) -> None:
         """Forward what is held and everything after it."""
         self._released.set()

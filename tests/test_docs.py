@@ -18,7 +18,7 @@ from sqlalchemy_kravn_crypto.settings import known_variables
 from tests import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 
 
 def page(name: str) -> str:

@@ -1,0 +1,66 @@
+"""What the fuzzer is given: its seeds, what it has found, and inputs made from them; and every bit of a frame."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sqlalchemy_kravn_crypto import exceptions as errors
+from sqlalchemy_kravn_crypto.ciphertext import ColumnName, to_text
+from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, frame_of
+from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
+from tests.fuzz.targets import KEY, NAME, TARGETS, check
+
+REGRESSIONS = Path(__file__).parent / "fuzz" / "regressions"
+FRAME = DataKey(KEY).encrypt(bytes(24), b"\x03" + bytes(range(128)) * 2, ColumnName(NAME))
+STORED: dict[str, bytes | str] = {BINARY: FRAME, TEXT: to_text(FRAME)}
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_seeds_are_handled_and_one_of_them_is_valid(name: str) -> None:
+    refused = [check(TARGETS[name], data) for data in TARGETS[name].seeds()]
+    assert not all(refused)
+
+
+@pytest.mark.parametrize("path", sorted(REGRESSIONS.glob("*--*")), ids=lambda path: path.name)
+def test_what_was_found_is_handled(path: Path) -> None:
+    check(TARGETS[path.name.partition("--")[0]], path.read_bytes())
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(drawn=st.data())
+def test_changed_seeds_are_handled(name: str, drawn: st.DataObject) -> None:
+    seed = drawn.draw(st.sampled_from(TARGETS[name].seeds()))
+    at = drawn.draw(st.integers(0, len(seed)))
+    put, dropped = drawn.draw(st.binary(max_size=8)), drawn.draw(st.integers(0, 8))
+    check(TARGETS[name], seed[:at] + put + seed[at + dropped :])
+
+
+def refused(stored: bytes | str, storage: str) -> None:
+    with pytest.raises(errors.DecryptionError):
+        Keyring(DataKey(KEY)).decrypt(frame_of(stored, storage, NAME), ColumnName(NAME))
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    for bit in range(8 * len(FRAME)):
+        changed = bytearray(FRAME)
+        changed[bit // 8] ^= 1 << bit % 8
+        refused(bytes(changed), BINARY)
+        refused(to_text(bytes(changed)), TEXT)
+
+
+def test_every_flipped_bit_of_the_text_is_refused() -> None:
+    text = to_text(FRAME)
+    for place, character in enumerate(text):
+        for bit in range(8):
+            refused(text[:place] + chr(ord(character) ^ 1 << bit) + text[place + 1 :], TEXT)
+
+
+@pytest.mark.parametrize("storage", [BINARY, TEXT])
+def test_every_other_length_is_refused(storage: str) -> None:
+    stored = STORED[storage]
+    for length in range(len(stored)):
+        refused(stored[:length], storage)
+    refused(stored + b"\x00" if isinstance(stored, bytes) else stored + "A", storage)
