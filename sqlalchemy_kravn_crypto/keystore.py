@@ -382,8 +382,8 @@ class KeyStore(KeepsSecret):
             return list(live)
         loaded = []
         for row in live:
-            # The bootstrap key comes from this process's own secret, so nobody can plant it. But whoever has that secret,
-            # and writes to kms_keys, could make it primary again, and read what is written from then on.
+            # The bootstrap key comes from this process's own secret, so nobody can plant it. But whoever has the secret
+            # and writes to kms_keys could make it primary again, and read what is written from then on.
             is_for_reading = row.provider == NO_PROVIDER and (row.state is not State.PRIMARY or self.provider is None)
             if is_for_reading or row.key_id in self.pinned:
                 loaded.append(row)
