@@ -80,12 +80,15 @@ class _Plan:
     """Where the parameters of a compiled statement say which row a value is for.
 
     :ivar refusal: why the statement is not executed.
-    :ivar names: the names of parameters, by the keys of the columns that are set or compared with them.
-    :ivar several_rows: whether one set of parameters is of several rows.
+    :ivar names: the names of parameters, by the keys of the columns that are set or compared with them. Of no other
+        parameter is it known that it is of the column, whatever its name.
+    :ivar defaults: the keys of columns that take their default.
+    :ivar several_rows: whether one set of parameters is of several rows; their names go on with that of the row.
     """
 
     refusal: str | None = None
     names: dict[str, str] = field(default_factory=dict)
+    defaults: frozenset[str] = frozenset()
     several_rows: bool = False
 
 
@@ -102,12 +105,13 @@ def _before_cursor_execute(
     compiled = getattr(context, "compiled", None)
     if not isinstance(compiled, SQLCompiler):
         return sql, parameters
-    if compiled not in _plans:
-        _plans[compiled] = _plan(compiled)
-    plan = _plans[compiled]
-    if plan is None:
-        return sql, parameters
+    plan = None
     try:
+        if compiled not in _plans:
+            _plans[compiled] = _plan(compiled)
+        plan = _plans[compiled]
+        if plan is None:
+            return sql, parameters
         if context not in _bound:
             _bind_all(plan, context)
             _bound.add(context)
@@ -158,9 +162,10 @@ def _bind(plan: _Plan, compiled: Any, named: Mapping[str, Any], processed: Any) 
         texts = []
         for column in value.bound.identity:
             kind = kind_of(column)
-            parameter = plan.names.get(column.key, column.key)
-            # What a default has given the first of several rows is named as that of a single row is.
-            given = named.get(parameter + row, named.get(parameter) if row == _FIRST_ROW else None)
+            parameter = plan.names.get(column.key)
+            given = None if parameter is None else named.get(parameter + row)
+            if row == _FIRST_ROW and given is None and parameter in plan.defaults:
+                given = named.get(parameter)  # named as that of a single row is
             text = None if kind is None else text_of(kind, given)
             if text is None:
                 raise UnsupportedOperationError(_unknown_row(value.bound, column))
@@ -216,7 +221,10 @@ def _plan(compiled: Any) -> _Plan | None:
 
 
 def _insert_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Plan:
-    plan = _Plan(names=_assigned(compiled, statement)[1], several_rows=bool(statement._multi_values))  # noqa: SLF001 - there is no public way to see it
+    several = bool(statement._multi_values)  # noqa: SLF001 - there is no public way to see it
+    names = {key: key for key in statement.table.columns.keys()} if several else _assigned(compiled, statement)[1]  # noqa: SIM118 - of a collection that iterates over columns
+    defaults = frozenset(column.key for column in compiled.insert_prefetch)
+    plan = _Plan(names=names, defaults=defaults, several_rows=several)
     clause = statement._post_values_clause  # noqa: SLF001 - as above
     if clause is None:
         return plan
@@ -247,7 +255,7 @@ def _update_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Pl
             )
         # What is assigned in SQL is no parameter, and the row's former identity must not be taken for it.
         for key in (identity & keys) - names.keys():
-            plan.names[key] = ""
+            plan.names.pop(key, None)
     return plan
 
 
@@ -259,6 +267,7 @@ def _assigned(compiled: Any, statement: Any) -> tuple[set[str], dict[str, str]]:
     """Return the keys of the columns that a statement assigns, and the names of the parameters that it assigns them."""
     columns = statement.table.columns
     given = [key for key in compiled.column_keys or () if key in columns]
+    given += [column.key for column in (*compiled.insert_prefetch, *compiled.update_prefetch)]
     keys, names = set(given), dict(zip(given, given, strict=True))
     for values in (statement._values or {}, dict(getattr(statement, "_ordered_values", None) or ())):  # noqa: SLF001 - as above
         for column, value in values.items():

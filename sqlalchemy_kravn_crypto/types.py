@@ -126,8 +126,8 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
         if self.associated_data is None:
             self._attachment.name = ColumnName(f"{table.name}.{column.name}")
             self._refuse_ambiguous_names()
-        self._attachment.column = column
         if self.bind_row:
+            self._attachment.column = column
             from .bound_objects import listen as listen_to_mappers  # noqa: PLC0415 - Core does without the ORM
 
             listen()

@@ -495,3 +495,12 @@ def test_a_data_key_is_found_by_its_key_id() -> None:
     keyring = Keyring(primary, [other])
     assert [keyring.data_key(key.key_id.hex()) for key in (primary, other)] == [primary, other]
     assert keyring.data_key(DataKey.generate().key_id.hex()) is None
+
+
+def test_the_error_speaks_of_the_row_where_the_value_is_bound_to_one(keyring: Keyring) -> None:
+    frame = bytearray(keyring.encrypt(PAYLOAD, NAME))
+    frame[-1] ^= 1
+    with pytest.raises(errors.AuthenticationError, match="moved from another column"):
+        keyring.decrypt(bytes(frame), NAME)
+    with pytest.raises(errors.AuthenticationError, match="moved from another row or column"):
+        keyring.decrypt(bytes(frame), NAME.of_row(b"row"))

@@ -481,6 +481,33 @@ def test_a_named_parameter_of_the_key_is_taken(light: Engine) -> None:
         assert connection.execute(select(table.c.secret).order_by(table.c.id)).scalars().all() == ["x", "z"]
 
 
+def test_a_key_that_changes_with_every_update_is_seen(light: Engine) -> None:
+    versioned = Table(
+        "versioned",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("version", Integer, nullable=False, default=1, onupdate=lambda: 2),
+        Column("secret", EncryptedString(bind_row=("id", "version"))),
+    )
+    with light.begin() as connection:
+        versioned.create(connection)
+        connection.execute(insert(versioned).values([{"id": 1, "secret": "a"}, {"id": 2, "secret": "b"}]))
+        assert connection.execute(select(versioned.c.secret)).scalars().all() == ["a", "b"]
+        with pytest.raises(UnsupportedOperationError, match="changes"):
+            connection.execute(update(versioned).where(versioned.c.id == 1).values(id=3))
+        connection.execute(update(versioned).where(versioned.c.id == 1, versioned.c.version == 1).values(secret="c"))
+        assert connection.execute(select(versioned.c.version, versioned.c.secret)).all() == [(2, "c"), (1, "b")]
+
+
+def test_eager_loads_and_entities_of_subqueries(light: Engine) -> None:
+    _two(light)
+    limited = aliased(Patient, select(Patient).order_by(Patient.id).limit(1).subquery())
+    with Session(light) as session:
+        assert session.scalars(select(limited)).one().record == {"of": "A"}
+        loaded = session.scalars(select(Patient).from_statement(select(Patient).order_by(Patient.id))).all()
+        assert [one.note for one in loaded] == ["A", "B"]
+
+
 @pytest.mark.parametrize("dialect", [postgresql, sqlite], ids=["postgresql", "sqlite"])
 def test_upserts_are_about_the_row_or_refused(request: pytest.FixtureRequest, dialect: Any) -> None:
     name = "postgres_url" if dialect is postgresql else "sqlite_url"
