@@ -71,6 +71,9 @@ _GATE: Final = ForkGate()
 
 _CHANNEL: Final[tuple[tuple[str, str | int], ...]] = (
     ("grpc.max_receive_message_length", MAX_ANSWER_SIZE),
+    # Else it lets a server send more and more that nobody has read: tens of megabytes with some releases.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", MAX_ANSWER_SIZE),
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
     # Nothing of http_proxy, https_proxy and grpc_proxy, and nothing of GRPC_ADDRESS_HTTP_PROXY.

@@ -126,13 +126,17 @@ def test_processes_forked_before_start_up_agree_on_one_key_and_draw_no_nonce_twi
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_process_that_is_not_a_fork_has_no_key_until_it_starts_up(engine: Engine, method: str) -> None:
+def test_a_process_that_is_not_a_fork_has_no_key_until_it_starts_up(
+    engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package may be installed, but these tests never are.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     configure(engine)
     context: Any = multiprocessing.get_context(method)
-    answers = context.SimpleQueue()
+    answers = context.Queue()
     worker = context.Process(target=starts_up, args=(engine.url.render_as_string(), answers))
     worker.start()
-    found = answers.get()
+    found = answers.get(timeout=120)
     worker.join(60)
     assert worker.exitcode == 0
     assert found == (False, current_keyring().primary_key_id)
