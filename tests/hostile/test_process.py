@@ -130,7 +130,7 @@ def test_a_process_that_is_not_a_fork_has_no_key_until_it_starts_up(
     engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The package may be installed, but these tests never are.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
     configure(engine)
     context: Any = multiprocessing.get_context(method)
     answers = context.Queue()
