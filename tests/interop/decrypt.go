@@ -22,7 +22,8 @@ type refused string
 type entry struct {
 	Key, Name, Type     string
 	Keys                []string
-	EarlierNames        []string `json:"earlier_names"`
+	EarlierNames        []string  `json:"earlier_names"`
+	Row                 *[]string // nil for a column that is not bound to its row
 	Stored, Frame, Text *string
 }
 
@@ -68,7 +69,7 @@ func fromText(text string) []byte {
 	need(canonical, "MalformedCiphertextError")
 	return frame
 }
-func decrypt(frame []byte, keys, names []string) string {
+func decrypt(frame []byte, keys, names []string, row *[]string) string {
 	need(len(frame) > 0 && frame[0] == 0xf9, "MalformedCiphertextError")
 	need(len(frame) < 2 || frame[1] == 2, "UnsupportedAlgorithmError")
 	need(len(frame) >= 52, "MalformedCiphertextError")
@@ -82,6 +83,13 @@ func decrypt(frame []byte, keys, names []string) string {
 	need(written >= 0, "WrongColumnError")
 	block := must(aes.NewCipher(subkey(expand(fromHex(keys[which]), "aead/02"), frame[12:36])))
 	associated := slices.Concat(frame[:12], lp(names[written]))
+	if row != nil {
+		identity := ""
+		for _, text := range *row {
+			identity += string(lp(text))
+		}
+		associated = append(associated, lp(identity)...)
+	}
 	payload, err := must(cipher.NewGCM(block)).Open(nil, frame[24:36], frame[36:], associated)
 	need(err == nil, "AuthenticationError")
 	return string(payload)
@@ -100,7 +108,7 @@ func open(found entry, stored string, frameOf func(string) []byte) (result map[s
 	if found.Key != "" {
 		keys = []string{found.Key}
 	}
-	payload := decrypt(frameOf(stored), keys, names)
+	payload := decrypt(frameOf(stored), keys, names, found.Row)
 	read := value(cmp.Or(found.Type, "json"), payload)
 	return map[string]string{"payload": hex.EncodeToString([]byte(payload)), "value": read}
 }
