@@ -15,7 +15,7 @@ from typing import Any
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests import reference
-from tests.make_frames import drawn, good_values, with_byte
+from tests.make_frames import drawn, good_kinds, good_values, with_byte
 
 OUTPUT = Path(__file__).parent / "vectors" / "cases.json"
 SOURCE = (
@@ -462,8 +462,17 @@ def row_cases() -> Iterator[Case]:
         yield case(f"of a row: {comment}", TAG, stored) | {"row": ["1"]}
 
 
+# --- One after another, all that kinds.json opens ---------------------------------------------------------------------
+
+
+def every_kind() -> Iterator[Case]:
+    for entry in good_kinds():
+        stored, payload = bytes.fromhex(entry["frame"]), bytes.fromhex(entry["payload"])
+        yield opens(f"of every kind: {entry['comment']}", entry["type"], payload, entry["value"], stored=stored)
+
+
 def cases() -> list[Case]:
-    found = (key_and_name_cases, frame_cases, text_cases, documents, kinds_nobody_reads, values, row_cases)
+    found = (key_and_name_cases, frame_cases, text_cases, documents, kinds_nobody_reads, values, row_cases, every_kind)
     return [entry for make in found for entry in make()]
 
 
