@@ -46,9 +46,10 @@ class Change(KeepsSecret):
 
     :ivar rows: the rows as they are now, verified.
     :ivar secrets: the secrets of this process.
+    :ivar pinned: the key ids that the operator pins; empty where none are.
     """
 
-    __slots__ = ("_actor", "_commit", "_mac_key", "connection", "rows", "secrets")
+    __slots__ = ("_actor", "_commit", "_mac_key", "connection", "pinned", "rows", "secrets")
 
     def __init__(  # noqa: PLR0913 - what a change is made of
         self,
@@ -58,9 +59,11 @@ class Change(KeepsSecret):
         mac_key: MacKey | None,
         *,
         actor: str | None,
+        pinned: frozenset[str],
         commit: Callable[[], None],
     ) -> None:
         self.connection = connection
+        self.pinned = pinned
         self.rows = rows
         self.secrets = secrets
         self._mac_key = mac_key
@@ -118,7 +121,9 @@ def changing(operator: Operator) -> Iterator[Change]:
         secrets = store.secrets(read_rows(connection))
     with locked(operator.engine, str(uuid.uuid4()), store.lock_wait) as connection:
         rows, mac_key = _verified(connection, store, secrets)
-        yield Change(connection, rows, secrets, mac_key, actor=operator.actor, commit=connection.commit)
+        yield Change(
+            connection, rows, secrets, mac_key, actor=operator.actor, pinned=store.pinned, commit=connection.commit
+        )
 
 
 @contextmanager
@@ -131,7 +136,7 @@ def changing_on(connection: Connection, store: KeyStore, opened: Opened, *, bloc
 
     take_lock(connection, opened.deployment_id, _AT_ONCE, keep_isolation=True)
     rows, mac_key = _verified(connection, store, opened.secrets, opened, blocking)
-    yield Change(connection, rows, opened.secrets, mac_key, actor=None, commit=commit)
+    yield Change(connection, rows, opened.secrets, mac_key, actor=None, pinned=store.pinned, commit=commit)
 
 
 def _verified(

@@ -11,7 +11,8 @@ from sqlalchemy import Connection
 
 from .changes import Change
 from .clock import as_utc, read_database_time
-from .exceptions import ReplicasBehindError, TooEarlyError, WrongStateError
+from .exceptions import ReplicasBehindError, TooEarlyError, UnpinnedKeyError, WrongStateError
+from .keystore import NO_PROVIDER
 from .replicas import Replica, live_replicas
 from .rows import KeyRow, StoredRows
 from .schema import State
@@ -20,15 +21,26 @@ Readiness = Callable[[Change, KeyRow], None]
 """Raises if a pending data key may not become primary yet."""
 
 
-def pending_key(rows: StoredRows) -> KeyRow:
+def pending_key(change: Change) -> KeyRow:
     """Return the pending data key.
 
     :raises WrongStateError: if there is none.
+    :raises UnpinnedKeyError: if key ids are pinned and its is not: no process would start when it is the primary.
     """
-    pending = rows.in_state(State.PENDING)
+    pending = change.rows.in_state(State.PENDING)
     if pending is None:
         raise WrongStateError("No data key is pending that could be promoted. Make one with `kravn-crypto rotate`.")
+    _refuse_unpinned(change, pending)
     return pending
+
+
+def _refuse_unpinned(change: Change, pending: KeyRow) -> None:
+    if change.pinned and pending.provider != NO_PROVIDER and pending.key_id not in change.pinned:
+        raise UnpinnedKeyError(
+            f"Data key {pending.key_id} is pending, but KRAVN_KMS_PINNED_KEYS does not name it. If you made it, add it "
+            "there for every process and for this command; if not, find out who writes to kms_keys.",
+            key_id=pending.key_id or "",
+        )
 
 
 def replicas_without(connection: Connection, key_id: str) -> list[Replica]:
@@ -85,10 +97,11 @@ def promote_pending(
 
     :param changing: begins a change.
     :raises WrongStateError: if no key is pending.
+    :raises UnpinnedKeyError: if key ids are pinned and its is not.
     :raises KeyStoreLockedError: if a transaction that was writing under the primary does not end.
     """
     with changing() as change:
-        pending = pending_key(change.rows)
+        pending = pending_key(change)
         ready(change, pending)
         primary = _primary(change.rows)
         if pending.closing is None:
@@ -99,6 +112,7 @@ def promote_pending(
         closed = change.rows.in_state(State.PENDING)
         if closed is None or closed.closing is None:  # somebody else has done it meanwhile
             return change.rows
+        _refuse_unpinned(change, closed)
         ready(change, closed)
         primary = _primary(change.rows)
         retired = change.rows.with_key(primary.in_state(State.RETIRED))

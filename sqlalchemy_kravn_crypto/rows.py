@@ -265,11 +265,17 @@ def select_rows(connection: Connection) -> StoredRows:
     if found is None:
         raise MalformedRowError("A time in kms_keys is none. Restore the table from a backup.")
     rows = tuple(_key_row(dict(row)) for row in found)
-    control = next((row for row in rows if row.id == CONTROL_ROW_ID), None)
+    controls = [row for row in rows if row.id == CONTROL_ROW_ID]
     keys = tuple(row for row in rows if row.id != CONTROL_ROW_ID)
-    if keys and control is None:
+    if keys and not controls:
         raise MalformedRowError("kms_keys has keys but no control row. Restore the table from a backup.")
-    return StoredRows(control, keys)
+    # No MAC is needed to see this, and where key ids are pinned instead there is none.
+    if len(controls) > 1 or sum(row.state is State.PRIMARY for row in keys) > 1:
+        raise MalformedRowError(
+            "kms_keys has two control rows or two primaries, which its constraints do not allow: somebody has dropped "
+            "them. Find out who changes the table, and restore it from a backup."
+        )
+    return StoredRows(controls[0] if controls else None, keys)
 
 
 def _key_row(values: dict[str, Any]) -> KeyRow:

@@ -78,8 +78,8 @@ def test_without_a_pending_key_there_is_nothing_to_promote(running: Deployment) 
     before = running.everything()
     with pytest.raises(errors.WrongStateError, match="kravn-crypto rotate"):
         promoted_by(running)
-    with pytest.raises(errors.WrongStateError, match="kravn-crypto rotate"):
-        pending_key(running.rows())
+    with changing(running.operator()) as change, pytest.raises(errors.WrongStateError, match="kravn-crypto rotate"):
+        pending_key(change)
     assert running.everything() == before
 
 
@@ -179,9 +179,36 @@ def test_it_may_go_by_how_long_the_key_has_been_pending(rotated: Deployment) -> 
 
 def test_how_long_it_has_been_pending_must_be_on_record(rotated: Deployment) -> None:
     with changing(rotated.operator()) as change:
-        undated = replace(pending_key(change.rows), created_at=None)
+        undated = replace(pending_key(change), created_at=None)
         with pytest.raises(errors.WrongStateError, match=r"not on record since when data key .* is pending"):
             older_than(0)(change, undated)
+
+
+def test_a_pending_key_that_is_not_pinned_is_not_promoted_not_even_by_force(rotated: Deployment) -> None:
+    pending = rotated.key_id(State.PENDING)
+    others = frozenset(row.required("key_id") for row in rotated.rows().keys) - {pending}
+    before = rotated.everything()
+    for dry_run in (True, False):
+        with pytest.raises(errors.UnpinnedKeyError) as caught:
+            promote(rotated.operator(store=rotated.store(pinned=others)), force=True, dry_run=dry_run)
+        assert caught.value.key_id == pending
+    assert rotated.everything() == before
+    promote(rotated.operator(store=rotated.store(pinned=others | {pending})), force=True)
+    assert rotated.key_id(State.PRIMARY) == pending
+
+
+def test_a_key_that_comes_in_between_the_two_steps_and_is_not_pinned_is_not_promoted(rotated: Deployment) -> None:
+    """Closing the primary is one transaction, and promoting its successor another."""
+    pending = rotated.key_id(State.PENDING)
+    others = frozenset(row.required("key_id") for row in rotated.rows().keys) - {pending}
+    pinned = iter([others | {pending}, others])
+
+    def begin() -> AbstractContextManager[Change]:
+        return changing(rotated.operator(store=rotated.store(pinned=next(pinned))))
+
+    with pytest.raises(errors.UnpinnedKeyError):
+        promote_pending(begin, lambda *_: None)
+    assert rotated.states()[pending] is State.PENDING
 
 
 # --- Again, and at the same time --------------------------------------------------------------------------------------

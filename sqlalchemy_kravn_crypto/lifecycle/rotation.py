@@ -64,6 +64,7 @@ def promote(
     :param dry_run: only see whether it could be done.
     :return: the rows of the key store.
     :raises WrongStateError: if no key is pending.
+    :raises UnpinnedKeyError: if key ids are pinned and its is not.
     :raises ReplicasBehindError: if a live process does not hold it, named.
     :raises TooEarlyError: if it has not been pending for long enough.
     :raises KeyStoreLockedError: if a transaction that writes under the primary does not end.
@@ -73,7 +74,7 @@ def promote(
     ready = _anyhow if force else held_by_all if after is None else older_than(after)
     if dry_run:
         with changing(operator) as change:
-            ready(change, pending_key(change.rows))
+            ready(change, pending_key(change))
             return change.rows
     return promote_pending(lambda: changing(operator), ready, reason=reason)
 

@@ -176,7 +176,9 @@ class Attacked:
 
     def mac_key(self) -> MacKey:
         """Return what somebody has who has the secret of the deployment as well."""
-        secret = BootstrapSecret.from_secret(SECRET) if self.way == "secret" else BootstrapSecret._from_root("file", ROOT)
+        secret = (
+            BootstrapSecret.from_secret(SECRET) if self.way == "secret" else BootstrapSecret._from_root("file", ROOT)
+        )
         return MacKey(secret.mac_key)
 
     # --- As somebody is who owns the database ---
@@ -277,6 +279,7 @@ class Master:
         self.key = f"attacked-{secrets.token_hex(4)}"
         openbao.create_key(self.key)
         self._token = openbao.issue_token(self.key)
+        self._versions = 1
 
     def provider(self, way: str) -> _Watched:
         provider: _Watched
@@ -293,10 +296,26 @@ class Master:
             self.azure.rotate()
         else:
             self.openbao.rotate(self.key)
+            self._versions += 1
 
-    def wrapped_by_anybody(self, data_key: bytes) -> str:
-        """Wrap with nothing but the public key of the newest version of Azure's master key, as a row has it."""
-        *_, version = self.azure.keys[self.azure.key].values()
+    @contextmanager
+    def opens_newest_only(self, way: str) -> Iterator[None]:
+        """Let the KMS open nothing that was wrapped under an earlier version of the master key."""
+        earlier = list(self.azure.keys[self.azure.key].values())[:-1] if way == "secret" else []
+        newest = 1 if way == "secret" else self._versions
+        for version in earlier:
+            version.refusal = "KeyDisabled"
+        self.openbao.set_min_decryption_version(newest, self.key)
+        try:
+            yield
+        finally:
+            for version in earlier:
+                version.refusal = ""
+            self.openbao.set_min_decryption_version(1, self.key)
+
+    def wrapped_by_anybody(self, data_key: bytes, master_key: str) -> str:
+        """Wrap with nothing but the public key of a version of Azure's master key, as a row has it."""
+        version = self.azure.keys[self.azure.key][master_key.rpartition("/")[2]]
         scheme = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
         return b64encode(version.private.public_key().encrypt(data_key, scheme)).decode()
 
@@ -328,7 +347,7 @@ def planted(row: Row, master: Master, key: bytes = b"known to the attacker, 32 b
     data_key = DataKey(key)
     return row | {
         "key_id": data_key.key_id.hex(),
-        "wrapped_key": master.wrapped_by_anybody(key),
+        "wrapped_key": master.wrapped_by_anybody(key, row["master_key"]),
         "key_check": b64encode(data_key.check).decode(),
     }
 

@@ -10,26 +10,30 @@ Beyond those, whatever is done to a row: refused where there is a MAC key. What 
 
 from __future__ import annotations
 
+import json
 import logging
+from base64 import b64encode
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from contextlib import ExitStack
+from datetime import UTC, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import DateTime, Engine, Integer, create_engine, text
+from sqlalchemy import DateTime, Engine, Integer, delete, insert, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto import reset
+from sqlalchemy_kravn_crypto import following, reset
 from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.events import hash_of
-from sqlalchemy_kravn_crypto.lifecycle import Targets, disable, evidence, promote, rekey_values, rewrap, rotate
+from sqlalchemy_kravn_crypto.known_columns import declared, record
+from sqlalchemy_kravn_crypto.lifecycle import Targets, disable, enable, evidence, promote, rekey_values, rewrap, rotate
+from sqlalchemy_kravn_crypto.rekey import plan
 from sqlalchemy_kravn_crypto.rows import connect, read_rows, write_rows
-from sqlalchemy_kravn_crypto.schema import TABLES, State
+from sqlalchemy_kravn_crypto.schema import State
 from sqlalchemy_kravn_crypto.status import status
 from tests.azure_server import AzureVault
 from tests.hostile.attacked import (
@@ -41,16 +45,19 @@ from tests.hostile.attacked import (
     Attacked,
     Base,
     Master,
-    Note,
     Row,
+    Tables,
     Templates,
     held,
     planted,
 )
 from tests.openbao import OpenBao
 from tests.processes import wait_until
+from tests.program import Program, RefusedError
+from tests.test_runbooks import KMS
+from tests.test_runbooks import Deployment as Runbook
 
-BOOTSTRAP = ("secret", "file")
+SECRET = "correct horse battery staple, and forty more characters"
 TIMES = {"created_at", "updated_at"}
 """What no row MAC covers, and nothing rests on."""
 
@@ -282,11 +289,11 @@ def test_14_wrapped_keys_that_are_swapped_are_refused(attacked: Attacked) -> Non
 
 @authenticated("pins")
 def test_14_with_pins_alone_wrapped_keys_that_are_swapped_are_another_key(attacked: Attacked) -> None:
-    primary, retired = attacked.row("primary"), attacked.row("retired")
-    attacked.write(swapped(attacked.rows(), primary, retired, "wrapped_key"))
+    rows, primary, retired = attacked.rows(), attacked.row("primary"), attacked.row("retired")
+    attacked.write(swapped(rows, primary, retired, "wrapped_key"))
     with pytest.raises(errors.WrongKeyError):
         attacked.start()
-    attacked.write(swapped(attacked.rows(), *(attacked.row(state) for state in ("primary", "retired")), "key_check"))
+    attacked.write(swapped(rows, primary, retired, "key_check"))
     with pytest.raises(errors.WrongKeyError):
         attacked.start()
 
@@ -404,9 +411,6 @@ def test_15_a_key_that_was_wrapped_with_the_public_key_is_not_loaded(
             attacked.start()
         assert known["key_id"] not in held()
         assert f"{known['key_id']} is not in KRAVN_KMS_PINNED_KEYS" in caplog.text
-        with pytest.raises(errors.UnpinnedKeyError):  # nor is it made the primary for the attacker
-            promote(attacked.operator(), force=True)
-            attacked.start()
     else:
         assert isinstance(attacked.refuses(), errors.UnpinnedKeyError)
 
@@ -441,8 +445,6 @@ def test_15_a_process_that_runs_does_not_take_in_a_planted_key(attacked: Attacke
 
 def looked(engine: Engine, times: int = 3) -> None:
     """Begin transactions until the process has looked at the key store so often."""
-    from sqlalchemy_kravn_crypto import following  # noqa: PLC0415 - what a test alone wants to know
-
     watch = following.current()[0]
     assert watch is not None
     for _ in range(times):
@@ -454,3 +456,513 @@ def looked(engine: Engine, times: int = 3) -> None:
             return watch._looked_at > before
 
         wait_until(has_looked)
+
+
+@authenticated(*WAYS)
+def test_15_a_planted_pending_key_is_not_promoted(attacked: Attacked, master: Master) -> None:
+    row = attacked.row("pending")
+    known = planted(row, master) if attacked.way in {"secret", "pins"} else row | {"key_id": "ab" * 8}
+    attacked.write(replaced(attacked.rows(), row, **known))
+    refusal = errors.UnpinnedKeyError if attacked.way == "pins" else errors.RowAuthenticationError
+    with pytest.raises(refusal):
+        promote(attacked.operator(), force=True)
+    assert attacked.row("pending")["key_id"] == known["key_id"]
+
+
+# --- Rows too many, too few, or of another time ----------------------------------------------------------------------
+
+
+@authenticated(*WITH_MAC)
+def test_a_row_that_is_deleted_is_refused(attacked: Attacked) -> None:
+    rows = attacked.rows()
+    for row in rows:
+        attacked.write([other for other in rows if other != row])
+        attacked.refuses()
+
+
+@authenticated("pins")
+def test_with_pins_alone_a_row_that_is_deleted_is_not_noticed_but_for_control_row_and_primary(
+    attacked: Attacked,
+) -> None:
+    rows, noticed = attacked.rows(), set()
+    for row in rows:
+        attacked.write([other for other in rows if other != row])
+        try:
+            attacked.start()
+        except errors.KeyStoreError:
+            noticed.add(row["state"])
+    assert noticed == {"control", "primary"}
+
+
+@authenticated(*WAYS)
+def test_an_epoch_that_is_turned_back_is_refused_by_whoever_starts_with_a_mac_key(attacked: Attacked) -> None:
+    control, *keys = attacked.rows()
+    attacked.write([control | {"epoch": 1}, *keys])
+    if attacked.way == "pins":
+        attacked.start()  # states and epoch are not authenticated
+    else:
+        assert isinstance(attacked.refuses(), errors.RowAuthenticationError)
+
+
+@authenticated(*WITH_MAC)
+def test_a_row_that_is_inserted_or_duplicated_is_refused(attacked: Attacked) -> None:
+    attacked.drop_constraints()
+    rows = attacked.rows()
+    for row in rows:
+        for values in ({"id": row["id"]}, {"id": 99}, {"id": 99, "key_id": "ab" * 8}, {"id": 0, "key_id": None}):
+            attacked.write([*rows, row | values])
+            attacked.refuses()
+
+
+@authenticated("pins")
+def test_with_pins_alone_a_duplicate_of_a_key_is_not_noticed_and_a_second_control_row_or_primary_is_refused(
+    attacked: Attacked,
+) -> None:
+    attacked.drop_constraints()
+    rows = attacked.rows()
+    noticed = set()
+    for row in rows:
+        attacked.write([*rows, row | {"id": row["id"] if row["state"] == "control" else 99}])
+        try:
+            attacked.start()
+        except errors.KeyStoreError:
+            noticed.add(row["state"])
+        else:
+            assert held() <= attacked.pins
+    assert noticed == {"control", "primary"}
+
+
+@authenticated(*WAYS)
+def test_two_primaries_are_refused(attacked: Attacked) -> None:
+    attacked.drop_constraints()
+    for state in ("retired", "pending"):
+        rows = attacked.rows()
+        attacked.write(replaced(rows, attacked.row(state), state="primary", primary_of="default"))
+        assert isinstance(attacked.refuses(), (errors.RowAuthenticationError, errors.MalformedRowError))
+        attacked.write(rows)
+
+
+@authenticated(*WAYS)
+def test_a_second_control_row_is_refused(attacked: Attacked) -> None:
+    """Where the primary key of the table was dropped. Which of the two would be read is the database's choice."""
+    attacked.drop_constraints()
+    rows = attacked.rows()
+    for control in (rows[0], rows[0] | {"epoch": 1}):
+        attacked.write([*rows, control])
+        assert isinstance(attacked.refuses(), errors.MalformedRowError)
+
+
+@authenticated(*WAYS)
+def test_without_a_control_row_no_process_starts(attacked: Attacked) -> None:
+    attacked.execute("DELETE FROM kms_keys WHERE id = 1")
+    assert isinstance(attacked.refuses(), errors.MalformedRowError)
+    with pytest.raises(errors.MalformedRowError):
+        rotate(attacked.operator())
+
+
+@authenticated(*WAYS)
+def test_an_emptied_key_store_is_not_filled_over_the_values(attacked: Attacked) -> None:
+    attacked.execute("DELETE FROM kms_keys")
+    with pytest.raises(errors.ExistingDataError):
+        attacked.start()
+    attacked.write([{"id": 1, "state": "control", "epoch": 0, "deployment_id": "00000000-0000-0000-0000-000000000000"}])
+    with pytest.raises(errors.ExistingDataError):
+        attacked.start()
+    assert len(attacked.rows()) == 1
+
+
+@authenticated(*WITH_MAC)
+def test_an_old_row_beside_new_ones_is_refused(attacked: Attacked) -> None:
+    """A row as it once was, with the MAC that it once had, and all rows but the control row."""
+    attacked.drop_constraints()
+    old, new = attacked.earlier["rotate"][KEYS], attacked.rows()
+    for row in old:
+        [current] = [other for other in new if other["id"] == row["id"]]
+        if row["row_mac"] != current["row_mac"]:
+            attacked.write(replaced(new, current, **row))
+            attacked.refuses()
+    attacked.write([new[0], *old[1:]])
+    assert isinstance(attacked.refuses(), errors.RowAuthenticationError)
+
+
+@authenticated(*WAYS)
+@pytest.mark.parametrize("before", ["rotate", "disable", "destroy"])
+def test_key_tables_that_are_put_back_as_a_whole_are_not_noticed_by_a_process_that_starts(
+    attacked: Attacked, before: str
+) -> None:
+    """Pins keep it from loading keys that were unpinned when they were disabled, or destroyed."""
+    dumped = attacked.earlier[before]
+    [primary] = [row for row in dumped[KEYS] if row["state"] == "primary"]
+    attacked.restore(dumped)
+    if attacked.way == "pins" and before != "rotate":
+        assert isinstance(attacked.refuses(), errors.UnpinnedKeyError)
+        return
+    attacked.start()
+    assert current_keyring().primary_key_id == primary["key_id"]
+    with pytest.raises(errors.UnknownKeyError):
+        attacked.number(2)
+
+
+@authenticated(*WITH_MAC)
+def test_where_the_kms_opens_no_earlier_wraps_key_tables_that_are_put_back_are_of_no_use(
+    attacked: Attacked, master: Master
+) -> None:
+    """What helps against key tables that are put back is outside of the database."""
+    master.rotate(attacked.way)
+    rewrap(attacked.operator())
+    with master.opens_newest_only(attacked.way):
+        attacked.start()
+        assert attacked.number(2) == 2
+        attacked.restore(attacked.earlier["destroy"])
+        with pytest.raises(errors.MasterKeyUnusableError):
+            attacked.start()
+
+
+def test_two_primaries_are_refused_by_postgresql_and_when_its_constraints_are_dropped_by_us(
+    postgres_url: str, master: Master, tmp_path: Path
+) -> None:
+    made = Attacked(postgres_url, "wrapped", master.provider("wrapped"), tmp_path)
+    made.build()
+    forced = "UPDATE kms_keys SET state = 'primary', primary_of = 'default' WHERE state = 'retired'"
+    with pytest.raises(IntegrityError):
+        made.execute(forced)
+    made.execute("ALTER TABLE kms_keys DROP CONSTRAINT uq_kms_keys_primary_of")
+    with made.running(**FAST) as engine:
+        before = held()
+        assert made.execute(forced) == 1
+        assert made.execute("UPDATE kms_keys SET epoch = epoch + 1 WHERE id = 1") == 1
+        looked(engine)
+        assert held() == before
+        assert made.number(2) == 2
+        assert refuses_to_write(made, 100)
+    assert isinstance(made.refuses(), errors.MalformedRowError)
+
+
+def is_refused(action: Callable[[], object], error: type[Exception]) -> bool:
+    """Try something, and tell whether it is refused; that it is not yet is no error."""
+    try:
+        action()
+    except error:
+        return True
+    return False
+
+
+# --- 19: put back under processes that run ---------------------------------------------------------------------------
+
+
+def refuses_to_write(attacked: Attacked, first: int) -> bool:
+    """Write rows, one after the other, until it is refused."""
+    numbers = iter(range(first, first + 10_000))
+    wait_until(lambda: is_refused(lambda: attacked.put(next(numbers)), errors.LeaseExpiredError))
+    return True
+
+
+@authenticated(*WAYS)
+def test_19_key_tables_from_before_a_rotation_are_not_written_under_by_a_process_that_runs(
+    attacked: Attacked, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = attacked.dump()
+    with attacked.running(**FAST) as engine:
+        attacked.put(3)
+        with caplog.at_level(logging.WARNING):
+            attacked.restore(attacked.earlier["rotate"])
+            assert refuses_to_write(attacked, 100)
+        assert "went back from epoch" in caplog.text
+        assert [attacked.number(1), attacked.number(2), attacked.number(3)] == [1, 2, 3]
+        looked(engine)
+        assert is_refused(lambda: attacked.put(99), errors.LeaseExpiredError)
+        attacked.restore(newest)
+        looked(engine)
+        attacked.put(4)
+        assert attacked.number(4) == 4
+
+
+@authenticated(*WAYS)
+def test_19_an_epoch_that_is_turned_back_stops_the_writing_of_a_process_that_runs(attacked: Attacked) -> None:
+    with attacked.running(**FAST):
+        attacked.put(3)
+        control, *keys = attacked.rows()
+        attacked.write([control | {"epoch": control["epoch"] - 1}, *keys])
+        assert refuses_to_write(attacked, 100)
+        assert attacked.number(3) == 3
+
+
+@authenticated(*WAYS)
+def test_19_a_state_that_is_edited_is_not_taken_in_by_a_process_that_runs(attacked: Attacked) -> None:
+    """With pins alone, it is: the retired key is written under again."""
+    primary, retired = attacked.row("primary"), attacked.row("retired")
+    with attacked.running(**FAST) as engine:
+        control, *keys = next(
+            rows for *states, rows in transitions(attacked.rows()) if states == ["retired", "primary"]
+        )
+        attacked.write([control | {"epoch": control["epoch"] + 1}, *keys])
+        looked(engine)
+        expected = retired if attacked.way == "pins" else primary
+        assert current_keyring().primary_key_id == expected["key_id"]
+        if attacked.way == "pins":
+            attacked.put(3)
+            assert attacked.key_of(3) == retired["key_id"]
+        else:
+            assert refuses_to_write(attacked, 100)
+
+
+class Site(Runbook):
+    """A deployment on PostgreSQL with processes of its own, and its database's owner."""
+
+    def dump(self) -> Tables:
+        with self.engine.connect() as connection:
+            return {
+                table: [dict(row) for row in connection.execute(select(table)).mappings()] for table in (KEYS, EVENTS)
+            }
+
+    def restore(self, dumped: Tables) -> None:
+        with self.engine.begin() as connection:
+            for table, rows in dumped.items():
+                connection.execute(delete(table))
+                connection.execute(insert(table), rows)
+
+
+@pytest.fixture
+def site(postgres_url: str, openbao: OpenBao, request: pytest.FixtureRequest) -> Iterator[Site]:
+    with ExitStack() as stack:
+        secret = {"KRAVN_SECRET": SECRET} if request.param == "secret" else {}
+        yield Site(postgres_url, stack, secret | {"KRAVN_LEASE": "1"} | KMS(openbao).settings())
+
+
+@pytest.mark.parametrize("site", ["secret", "wrapped"], indirect=True)
+def test_19_a_dump_from_before_a_rotation_stops_the_writers_of_a_fleet_until_the_newest_is_back(site: Site) -> None:
+    """Processes of their own, on PostgreSQL. What they wrote before is read by each of them all the while."""
+    writers = [site.start(), site.start()]
+    writers[0].put(1)
+    old = site.dump()
+    site.run("rotate")
+    pending = site.in_state(State.PENDING)
+    wait_until(lambda: all(pending in writer.held() for writer in writers))
+    site.run("promote")
+    wait_until(lambda: all(writer.primary() == pending for writer in writers))
+    writers[0].put(2)
+    newest = site.dump()
+    site.restore(old)
+    numbers = iter(range(100, 10_000))
+    for writer in writers:
+        wait_until(lambda writer=writer: refused_by(writer, next(numbers)))  # type: ignore[misc]  # a default
+        assert {1, 2} <= set(writer.numbers())
+        assert "went back from epoch" in writer.log()
+    late = site.start()
+    with pytest.raises(RefusedError, match="UnknownKeyError"):
+        late.numbers()
+    late.stop()
+    site.restore(newest)
+    for writer in writers:
+        wait_until(lambda writer=writer: not refused_by(writer, next(numbers)))  # type: ignore[misc]  # as above
+    assert writers[0].numbers() == writers[1].numbers() == site.start().numbers()
+    assert site.keys_of_values() == {pending, *(row["key_id"] for row in old[KEYS] if row["state"] == "primary")}
+
+
+def refused_by(writer: Program, number: int) -> bool:
+    error = ""
+    try:
+        writer.put(number)
+    except RefusedError as refusal:
+        error = refusal.error
+    assert error in {"", "LeaseExpiredError"}
+    return bool(error)
+
+
+@pytest.mark.parametrize("site", ["wrapped"], indirect=True)
+def test_19_values_of_a_destroyed_key_that_are_put_back_fail_as_destroyed(site: Site) -> None:
+    """Whoever runs, and whoever starts; also where a process that runs is shown the key tables from before that."""
+    process = site.start(KRAVN_LEASE="60")
+    process.put(1)
+    [old] = site.keys_of_values()
+    site.execute("CREATE TABLE backup AS SELECT * FROM plugin")
+    site.run("rotate")
+    wait_until(lambda: site.in_state(State.PENDING) in process.held())
+    site.run("promote")
+    site.run("rekey")
+    wait_until(lambda: process.primary() != old)
+    keys = site.dump()
+    site.run("destroy", old, "--now", "--reason", "it leaked")
+    wait_until(lambda: old not in process.held())
+    site.execute("DELETE FROM plugin", "INSERT INTO plugin SELECT * FROM backup")
+    for reader in (process, site.start()):
+        with pytest.raises(RefusedError, match="DestroyedKeyError"):
+            reader.numbers()
+    site.restore(keys)
+    for _ in range(3):
+        with pytest.raises(RefusedError, match="DestroyedKeyError"):
+            process.numbers()
+
+
+# --- The audit trail -------------------------------------------------------------------------------------------------
+
+Trail = Callable[[list[Row]], list[Row]]
+
+
+def with_new_hashes(events: list[Row]) -> list[Row]:
+    """Return a trail that is whole in itself: the hashes have no key."""
+    newest, made = "0" * 64, []
+    for number, row in enumerate(events, 1):
+        values = row | {"id": number, "previous_hash": newest, "occurred_at": row["occurred_at"].replace(tzinfo=UTC)}
+        newest = hash_of(values)
+        made.append(row | {"id": number, "previous_hash": values["previous_hash"], "hash": newest})
+    return made
+
+
+FORGED_TRAILS: dict[str, Trail] = {
+    "emptied": lambda _: [],
+    "end_cut_off": lambda events: events[:-1],
+    "beginning_cut_off": lambda events: events[1:],
+    "one_taken_out": lambda events: [*events[:3], *events[4:]],
+    "edited": lambda events: [events[0] | {"actor": "somebody else"}, *events[1:]],
+    "end_edited": lambda events: [*events[:-1], events[-1] | {"reason": "none"}],
+    "reordered": lambda events: [events[1] | {"id": 1}, events[0] | {"id": 2}, *events[2:]],
+    "one_added": lambda events: [*events, events[-1] | {"id": len(events) + 1, "previous_hash": events[-1]["hash"]}],
+    "one_added_with_its_hash": lambda events: with_new_hashes([*events, events[-1]]),
+    "edited_with_all_hashes": lambda events: with_new_hashes([events[0] | {"actor": "somebody else"}, *events[1:]]),
+    "cut_off_with_all_hashes": lambda events: with_new_hashes(events[1:]),
+}
+
+
+@authenticated(*WAYS)
+@pytest.mark.parametrize("forged", FORGED_TRAILS)
+def test_a_trail_that_was_forged_is_not_noticed_by_a_start_but_by_whoever_reads_it(
+    attacked: Attacked, forged: str
+) -> None:
+    dumped = attacked.dump()
+    attacked.restore({EVENTS: FORGED_TRAILS[forged](dumped[EVENTS])})
+    retired = attacked.row("retired")["key_id"]
+    attacked.start()
+    assert attacked.number(2) == 2
+    reset()
+    with pytest.raises(errors.AuditTrailError):
+        evidence(attacked.operator(), retired)
+    with pytest.raises(errors.AuditTrailError):
+        disable(attacked.operator(), retired, targets=Targets(Base.metadata), sleep=lambda _: None)
+    problems = status(attacked.engine, attacked.settings(), provider=attacked.provider).problems
+    assert [problem.error for problem in problems] == ["AuditTrailError"]
+    assert attacked.dump()[KEYS] == dumped[KEYS]
+
+
+@authenticated(*WAYS)
+def test_a_trail_that_was_forged_in_the_middle_is_not_noticed_by_who_appends_to_it(attacked: Attacked) -> None:
+    """It goes on from the end, which is under the row MAC; cut off at the end, nothing is appended."""
+    events = attacked.dump(EVENTS)[EVENTS]
+    attacked.restore({EVENTS: FORGED_TRAILS["edited"](events)})
+    promote(attacked.operator())
+    attacked.restore({EVENTS: attacked.dump(EVENTS)[EVENTS][:-1]})
+    with pytest.raises(errors.AuditTrailError):
+        rotate(attacked.operator())
+
+
+@authenticated(*WAYS)
+def test_a_forged_trail_whose_end_the_control_row_names_is_refused_with_a_mac_key(attacked: Attacked) -> None:
+    """With pins alone it is not noticed."""
+    events = with_new_hashes(attacked.dump(EVENTS)[EVENTS][:1])
+    control, *keys = attacked.rows()
+    attacked.restore({EVENTS: events, KEYS: [control | {"events_hash": events[-1]["hash"]}, *keys]})
+    retired = attacked.row("retired")["key_id"]
+    if attacked.way == "pins":
+        assert evidence(attacked.operator(), retired)["trail"]["events"] == 1
+    else:
+        with pytest.raises(errors.RowAuthenticationError):
+            evidence(attacked.operator(), retired)
+
+
+# --- What nothing authenticates --------------------------------------------------------------------------------------
+
+
+def rotated_away(attacked: Attacked) -> str:
+    """Have value 1 under a retired key that is to be disabled, and its column on record; return the key id."""
+    attacked.execute("DELETE FROM kms_columns")  # of this process are also those of other tests
+    with connect(attacked.engine) as connection:
+        record(connection, declared(Base.metadata))
+        connection.commit()
+    return str(attacked.row("retired")["key_id"])
+
+
+def disabled(attacked: Attacked, key_id: str, metadata: Any = None) -> None:
+    disable(attacked.operator(), key_id, targets=Targets(metadata), sleep=lambda _: None)
+
+
+@authenticated("secret")
+def test_a_column_that_is_deleted_from_the_record_is_not_noticed_unless_the_models_are_named(
+    attacked: Attacked,
+) -> None:
+    key_id = rotated_away(attacked)
+    with pytest.raises(errors.KeyInUseError):
+        disabled(attacked, key_id)
+    attacked.execute("DELETE FROM kms_columns")
+    with pytest.raises(errors.KeyInUseError):
+        disabled(attacked, key_id, Base.metadata)
+    disabled(attacked, key_id)
+    with attacked.running(), pytest.raises(errors.DisabledKeyError):
+        attacked.number(1)
+    enable(attacked.operator(), key_id)
+    with attacked.running():
+        assert attacked.number(1) == 1
+
+
+@authenticated("secret")
+@pytest.mark.parametrize("values", ["storage = 'text'", "column_name = 'id'"])
+def test_a_column_whose_record_was_edited_is_not_noticed_unless_the_models_are_named(
+    attacked: Attacked, values: str
+) -> None:
+    key_id = rotated_away(attacked)
+    attacked.execute(f"UPDATE kms_columns SET {values} WHERE table_name = 'attacked_note'")  # noqa: S608 - of this file
+    with pytest.raises(errors.KeyInUseError):
+        disabled(attacked, key_id, Base.metadata)
+    disabled(attacked, key_id)
+
+
+@authenticated("secret")
+@pytest.mark.parametrize("values", ["table_name = 'nowhere'", "column_name = 'nothing'", "schema_name = 'nowhere'"])
+def test_a_column_on_record_that_is_not_there_keeps_every_key_from_being_disabled(
+    attacked: Attacked, values: str
+) -> None:
+    key_id = rotated_away(attacked)
+    attacked.execute(f"UPDATE kms_columns SET {values} WHERE table_name = 'attacked_note'")  # noqa: S608 - of this file
+    with pytest.raises(errors.KeyInUseError, match="cannot be counted"):
+        disabled(attacked, key_id)
+
+
+@authenticated("secret")
+def test_a_column_on_record_under_another_name_is_read_by_no_rekey_and_stays_as_it_is(attacked: Attacked) -> None:
+    """Its values are left, reported, and keep their key."""
+    key_id = rotated_away(attacked)
+    attacked.execute("UPDATE kms_columns SET name = 'attacked_note.other'")
+    result = rekey_values(attacked.operator())
+    assert (result.counts.rekeyed, result.counts.unreadable, result.is_complete) == (0, 1, False)
+    with pytest.raises(errors.KeyInUseError):
+        disabled(attacked, key_id)
+    assert rekey_values(attacked.operator(), Targets(Base.metadata)).is_complete
+    with attacked.running():
+        assert attacked.number(1) == 1
+
+
+def key_text(key: int) -> str:
+    """Return a primary key as the ledger has it."""
+    return json.dumps([b64encode(b"\x10" + key.to_bytes(16, "big")).decode()])
+
+
+KEY_0, KEY_5 = key_text(0), key_text(5)
+
+
+@authenticated("secret")
+@pytest.mark.parametrize(
+    ("values", "is_complete"),
+    [("finished_at = updated_at", True), (f"lower_bound = '{KEY_5}'", False), (f"upper_bound = '{KEY_0}'", False)],
+    ids=["finished", "from_5_on", "up_to_0"],
+)
+def test_a_plan_that_was_edited_is_followed_and_what_it_leaves_out_is_counted_and_done_by_the_next(
+    attacked: Attacked, values: str, *, is_complete: bool
+) -> None:
+    retired = rotated_away(attacked)
+    operator, targets = attacked.operator(), Targets(Base.metadata)
+    plan(attacked.engine, declared(Base.metadata), operator.store.open(attacked.engine).keyring)
+    assert attacked.execute(f"UPDATE kms_rekeys SET {values}") > 0  # noqa: S608 - of this file
+    assert rekey_values(operator, targets).is_complete is is_complete
+    assert (attacked.key_of(1) == retired) is not is_complete
+    assert rekey_values(operator, targets).is_complete
+    with attacked.running():
+        assert [attacked.number(1), attacked.number(2)] == [1, 2]
