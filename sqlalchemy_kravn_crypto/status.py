@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .clock import as_utc
 from .configuration import key_store, settings_from_environment
@@ -151,6 +151,9 @@ def status(engine: Engine, settings: Settings | None = None, *, provider: KeyPro
 
 def database_error(error: SQLAlchemyError) -> str:
     """Return the first line of a database's error, without statement and parameters."""
+    if type(error) is ArgumentError:  # not of a subclass, which says what driver there is none of
+        # Releases of SQLAlchemy repeat a URL that is none, which may hold a password.
+        return "The database URL is malformed. It looks like postgresql+psycopg://user:password@host/name."
     cause = getattr(error, "orig", None) or error
     return f"The database: {(str(cause).strip() or type(cause).__name__).splitlines()[0]}"
 

@@ -147,7 +147,7 @@ def test_one_instance_serves_several_threads() -> None:
                 return False
         return ciphertext == reference.xaes_encrypt(KEY, nonce, plaintext, ASSOCIATED_DATA)
 
-    # So short that threads meet within a call, which releases of cryptography before 49 refuse.
+    # So short that threads meet within a call, which releases of cryptography before 50 refuse.
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
