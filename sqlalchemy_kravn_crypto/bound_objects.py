@@ -49,16 +49,17 @@ def _complete(mapper: Mapper[Any], _connection: Any, target: Any) -> None:
     changed = {name for one in bound for name in (one.name, *one.identity) if state.attrs[name].history.has_changes()}
     written = set(changed)
     # Until nothing is added: what is named for one value is written, and so are all values that are bound to it.
-    waiting = True
-    while waiting:
-        before = len(written)
-        for one in bound:
-            if one.name in written or one.identity & written:
-                written |= {one.name, *one.unnamed}
-        waiting = len(written) > before
+    while added := _needed(bound, written) - written:
+        written |= added
     for name in sorted(written - changed):
         getattr(target, name)  # what is not loaded cannot be written again
         flag_modified(target, name)
+
+
+def _needed(bound: list[_BoundAttribute], written: set[str]) -> set[str]:
+    """Return what an UPDATE must write that writes these attributes."""
+    touched = (one for one in bound if one.name in written or one.identity & written)
+    return {name for one in touched for name in (one.name, *one.unnamed)}
 
 
 def _bound_attributes(mapper: Mapper[Any]) -> list[_BoundAttribute]:
@@ -66,7 +67,7 @@ def _bound_attributes(mapper: Mapper[Any]) -> list[_BoundAttribute]:
     for table in mapper.tables:
         for bound in bound_columns(table):
             attribute = _attribute(mapper, bound.column)
-            identity = {column: _attribute(mapper, column) for column in bound.identity}
+            identity = {column: _attribute(mapper, column) for column, _ in bound.identity}
             # What the class has no attribute for is not written by it, or refused when the statement is executed.
             if attribute is None or None in identity.values():
                 continue

@@ -10,6 +10,7 @@ import getpass
 import json
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -174,14 +175,12 @@ def read_rows_and_events(connection: Connection) -> tuple[StoredRows, list[Event
 
 
 def _event(values: dict[str, Any]) -> Event:
-    details: Any = {}
     # Whoever can write to kms_keys as well can make the hashes anew, and SQLite keeps anything in any column.
     if not all(isinstance(values[name], str | None) for name in _TEXTS):
         raise _broken(f"what event {values['id']} says is no text")
-    try:
-        details = json.loads(values["details"]) if values["details"] else {}
-    except (TypeError, ValueError, RecursionError):
-        details = None
+    details: Any = None
+    with suppress(ValueError, RecursionError):
+        details = json.loads(values["details"] or "{}")
     if not isinstance(details, dict):
         raise _broken(f"the details of event {values['id']} are none")
     return Event(**(values | {"details": details}))

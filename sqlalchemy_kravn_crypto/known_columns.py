@@ -34,7 +34,7 @@ from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_key_prefix
 from .columns import TEXT, EncryptedColumn
 from .exceptions import ColumnUnreachableError, UnsupportedDatabaseError
-from .row_identity import IdentityColumn, IdentityText, Kind, identity_column
+from .row_identity import IdentityColumn, Kind, identity_text
 from .rows import OWN_TABLES
 from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
@@ -105,7 +105,7 @@ def _known(encrypted: EncryptedColumn) -> KnownColumn:
     earlier = tuple(type_.earlier_names)
     name = str(type_.column_name)
     bound = type_.bound_column
-    row = () if bound is None else tuple(identity_column(one) for one in bound.identity)
+    row = () if bound is None else tuple(one.on_record for one in bound.identity)
     # str() of each, since SQLAlchemy's quoted names are of a class of their own.
     return KnownColumn(
         str(owner.schema or ""), str(owner.name), str(encrypted.column.name), encrypted.storage, name, earlier, row
@@ -308,7 +308,7 @@ def located(connection: Connection, known: KnownColumn) -> Located:
     rows = [column(one.name, present[one.name]["type"]) for one in known.row_identity]
     others = {one.name: one for one in (*rows, *kept, *keys)}
     found = table(known.table, value, *others.values(), schema=schema)
-    identity = tuple(IdentityText(found.c[one.name], one.kind) for one in known.row_identity)
+    identity = tuple(identity_text(found.c[one.name], one.kind) for one in known.row_identity)
     return Located(known, found, value, keys, kept, identity)
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
 from .exceptions import UnsupportedOperationError
-from .row_identity import identity_of, is_exact, kind_of, text_of
+from .row_identity import Identifying, identity_of, is_exact, text_of
 from .secrecy import KeepsSecret
 
 # How SQLAlchemy names the parameters of a VALUES with several rows.
@@ -34,7 +34,12 @@ class BoundColumn:
     """
 
     column: Column[Any]
-    identity: tuple[Column[Any], ...]
+    identity: tuple[Identifying, ...]
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of the columns that identify a row."""
+        return frozenset(column.key for column, _ in self.identity)
 
     @property
     def label(self) -> str:
@@ -160,13 +165,12 @@ def _bind(plan: _Plan, compiled: Any, named: Mapping[str, Any], processed: Any) 
                 )
             row = found["row"]
         texts = []
-        for column in value.bound.identity:
-            kind = kind_of(column)
+        for column, kind in value.bound.identity:
             parameter = plan.names.get(column.key)
             given = None if parameter is None else named.get(parameter + row)
             if row == _FIRST_ROW and given is None and parameter in plan.defaults:
                 given = named.get(parameter)  # named as that of a single row is
-            text = None if kind is None else text_of(kind, given)
+            text = text_of(kind, given)
             if text is None:
                 raise UnsupportedOperationError(_unknown_row(value.bound, column))
             texts.append(text)
@@ -232,9 +236,8 @@ def _insert_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Pl
     keys = {getattr(key, "key", key) for key, *_ in (changed.items() if isinstance(changed, Mapping) else changed)}
     target = {getattr(one, "key", one) for one in getattr(clause, "inferred_target_elements", None) or ()}
     for one in bound:
-        identity = {column.key for column in one.identity}
         # Unless the conflict is about what identifies the row, the row that is updated is another than was inserted.
-        if keys & identity or (one.column.key in keys and not identity <= target):
+        if keys & one.keys or (one.column.key in keys and not one.keys <= target):
             plan.refusal = (
                 f"{one.label} is bound to its row by {_names(one)}, so an INSERT may update it only where the conflict "
                 f"is about {_names(one)}: index_elements must have it, and set_ must not. Otherwise update the row in "
@@ -243,24 +246,22 @@ def _insert_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Pl
     return plan
 
 
-def _update_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Plan | None:
+def _update_plan(compiled: Any, statement: Any, bound: list[BoundColumn]) -> _Plan:
     keys, names = _assigned(compiled, statement)
-    plan = _Plan(names=_compared(compiled, statement) | names)
+    # Of what is assigned, in SQL too, the former value is not that of the row for which values are written.
+    compared = {key: name for key, name in _compared(compiled, statement).items() if key not in keys}
+    plan = _Plan(names=compared | names)
     for one in bound:
-        identity = {column.key for column in one.identity}
-        if identity & keys and one.column.key not in keys:
+        if one.keys & keys and one.column.key not in keys:
             plan.refusal = (
                 f"{one.label} is bound to its row by {_names(one)}, which the UPDATE changes, so that the value could "
                 f"no longer be read. Load the value, and assign it to {one.column.key!r} in the same UPDATE."
             )
-        # What is assigned in SQL is no parameter, and the row's former identity must not be taken for it.
-        for key in (identity & keys) - names.keys():
-            plan.names.pop(key, None)
     return plan
 
 
 def _names(bound: BoundColumn) -> str:
-    return " and ".join(repr(column.name) for column in bound.identity)
+    return " and ".join(repr(column.name) for column, _ in bound.identity)
 
 
 def _assigned(compiled: Any, statement: Any) -> tuple[set[str], dict[str, str]]:
@@ -275,8 +276,6 @@ def _assigned(compiled: Any, statement: Any) -> tuple[set[str], dict[str, str]]:
             keys.add(key)
             if isinstance(value, BindParameter):
                 names[key] = _name_of(compiled, value) or key
-            elif not hasattr(value, "__clause_element__") and not hasattr(value, "compile"):
-                names[key] = key
             else:
                 names.pop(key, None)
     return keys, names

@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple, NoReturn
 from uuid import UUID
 
-from sqlalchemy import Column, Enum, FromClause, Integer, String, Table, Text, Uuid
+from sqlalchemy import Column, Enum, FromClause, Integer, String, Table, Text, Uuid, func, literal_column
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import ColumnElement, Label
@@ -28,7 +28,7 @@ from sqlalchemy.types import CHAR, TypeEngine
 from .derivation import length_prefixed
 from .exceptions import ColumnError, MalformedCiphertextError, UnsupportedDatabaseError, UnsupportedOperationError
 
-SEPARATOR: Final = "."
+_SEPARATOR: Final = "."
 _IS_NULL: Final = "-"
 
 # Under these, two strings are equal only if their bytes are; under others an UPDATE may find a row by another spelling.
@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 class IdentityColumn(NamedTuple):
-    """One of the columns that identify a row.
+    """One of the columns that identify a row, as it is put on record.
 
     :ivar name: its name in the database.
     """
@@ -53,35 +53,36 @@ class IdentityColumn(NamedTuple):
     kind: Kind
 
 
-def identity_columns(table: Table, names: Sequence[str], bound: str) -> list[Column[Any]]:
+class Identifying(NamedTuple):
+    """One of the columns that identify a row, as it is declared."""
+
+    column: Column[Any]
+    kind: Kind
+
+    @property
+    def on_record(self) -> IdentityColumn:
+        """What is put on record of it."""
+        # str(), since SQLAlchemy's quoted names are of a class of their own.
+        return IdentityColumn(str(self.column.name), self.kind)
+
+
+def identifying(table: Table, names: Sequence[str], bound: str) -> tuple[Identifying, ...]:
     """Return the columns of a table that a value is to be bound to.
 
     :param bound: the name of the column of the value, for messages.
     :raises ColumnError: if there is none of such a name, or its values can change, be NULL, or have no one spelling.
     """
-    found = {column.name: column for column in table.columns}
+    present = {column.name: column for column in table.columns}
+    found = []
     for name in names:
-        column = found.get(name)
+        column = present.get(name)
         if column is None:
             raise ColumnError(f"{bound} is to be bound to its row by {name!r}, but {table.name} has no such column.")
-        _refuse_unfit(column, bound)
-    return [found[name] for name in names]
+        found.append(Identifying(column, _checked_kind(column, bound)))
+    return tuple(found)
 
 
-def identity_column(column: Column[Any]) -> IdentityColumn:
-    """Return what is put on record of an identifying column.
-
-    :raises ColumnError: if its type is none that a row can be identified by.
-    """
-    kind = kind_of(column)
-    if kind is None:
-        raise ColumnError(
-            f"A row cannot be identified by {column.name!r}, whose type is none of Integer, String, Uuid."
-        )
-    return IdentityColumn(str(column.name), kind)
-
-
-def kind_of(column: Column[Any]) -> Kind | None:
+def _kind_of(column: Column[Any]) -> Kind | None:
     """Return how the value of a column becomes text, or ``None`` if there is no one way."""
     type_: TypeEngine[Any] = column.type
     if isinstance(type_, Integer):
@@ -94,9 +95,10 @@ def kind_of(column: Column[Any]) -> Kind | None:
     return None
 
 
-def _refuse_unfit(column: Column[Any], bound: str) -> None:
+def _checked_kind(column: Column[Any], bound: str) -> Kind:
     what = f"{bound} is to be bound to its row by {column.name!r}, "
-    if kind_of(column) is None:
+    kind = _kind_of(column)
+    if kind is None:
         raise ColumnError(f"{what}whose type is none of Integer, String and Uuid: its text differs between databases.")
     if column.nullable:
         raise ColumnError(f"{what}which may be NULL. Declare it nullable=False, or name another column.")
@@ -112,6 +114,7 @@ def _refuse_unfit(column: Column[Any], bound: str) -> None:
                 f"{what}which the database changes by itself (ON UPDATE {key.onupdate}), so that the value could no "
                 "longer be read. Name another column."
             )
+    return kind
 
 
 def is_exact(column: Any, dialect: Dialect) -> bool:
@@ -149,7 +152,7 @@ def text_of(kind: Kind, value: Any) -> str | None:
 
 def identity_of(texts: Iterable[str]) -> bytes:
     """Return the identity of a row: ``LP`` of the text of each of its identifying columns."""
-    return b"".join(length_prefixed(text.encode()) for text in texts)
+    return length_prefixed(*(text.encode() for text in texts))
 
 
 def _is_unicode(value: str) -> bool:
@@ -170,16 +173,21 @@ def _uuid(value: str) -> str | None:
 # --- As SQL ----------------------------------------------------------------------------------------------------------
 
 
-class IdentityText(FunctionElement[str]):
-    """The text of the value of an identifying column, in SQL."""
+class _AsText(FunctionElement[str]):
+    """The value of a column as text, in SQL."""
 
-    name = "kravn_identity_text"
+    name = "kravn_as_text"
     inherit_cache = True
     type = Text()
 
-    def __init__(self, column: ColumnElement[Any], kind: Kind) -> None:
-        super().__init__(column)
-        self.kind = kind
+
+def identity_text(column: ColumnElement[Any], kind: Kind) -> ColumnElement[str]:
+    """Return the text of the value of an identifying column, in SQL."""
+    text = _AsText(column)
+    if kind is not Kind.UUID:
+        return text
+    # Databases without a type for it keep it with hyphens or without, and in either case.
+    return func.lower(func.replace(text, literal_column("'-'"), literal_column("''")), type_=Text())
 
 
 class WithRow(FunctionElement[Any]):
@@ -192,7 +200,12 @@ class WithRow(FunctionElement[Any]):
     inherit_cache = False  # made while a statement is compiled, so never part of what a cached one is looked up by
 
     def __init__(
-        self, stored: ColumnElement[Any], identity: Sequence[IdentityText], *, is_text: bool, type_: TypeEngine[Any]
+        self,
+        stored: ColumnElement[Any],
+        identity: Sequence[ColumnElement[str]],
+        *,
+        is_text: bool,
+        type_: TypeEngine[Any],
     ) -> None:
         super().__init__(stored, *identity)
         self.type = type_
@@ -201,7 +214,7 @@ class WithRow(FunctionElement[Any]):
 
 def with_row(
     expression: ColumnElement[Any],
-    columns: Sequence[Column[Any]],
+    identity: Sequence[Identifying],
     *,
     is_text: bool,
     type_: TypeEngine[Any],
@@ -210,19 +223,18 @@ def with_row(
     """Return what a bound column is selected as.
 
     :param expression: the column, of its table or of an alias or subquery of it.
-    :param columns: the identifying columns, of the table.
+    :param identity: the identifying columns, of the table.
     :raises UnsupportedOperationError: if it is not seen from there which row the value is of.
     """
     stored = expression.element if isinstance(expression, Label) else expression
     source = getattr(stored, "table", None)
-    texts: list[IdentityText] = []
-    for column in columns:
+    texts = []
+    for column, kind in identity:
         found = source.corresponding_column(column) if isinstance(source, FromClause) else None
-        kind = kind_of(column)
-        if found is not None and kind is not None:
-            texts.append(IdentityText(found, kind))
-    if len(texts) != len(columns):
-        names = " and ".join(repr(column.name) for column in columns)
+        if found is not None:
+            texts.append(identity_text(found, kind))
+    if len(texts) != len(identity):
+        names = " and ".join(repr(column.name) for column, _ in identity)
         raise UnsupportedOperationError(
             f"{bound or 'A column'} is bound to its row by {names}, which cannot be seen where its value is selected. "
             f"Select the column of the table itself, or of a subquery that has {names} too."
@@ -256,10 +268,10 @@ def split(value: Any, columns: int, bound: str | None) -> tuple[bytes, Any]:
 
 def _partition(value: Any) -> tuple[str, bool, Any]:
     if isinstance(value, bytes):
-        start, separator, rest = value.partition(SEPARATOR.encode())
+        start, separator, rest = value.partition(_SEPARATOR.encode())
         return (start.decode("ascii", "replace"), bool(separator), rest)
     if isinstance(value, str):
-        text, found, after = value.partition(SEPARATOR)
+        text, found, after = value.partition(_SEPARATOR)
         return text, bool(found), after
     return "", False, value
 
@@ -278,39 +290,34 @@ def _texts(element: Any, compiler: Any, kw: dict[str, Any]) -> list[str]:
     return [compiler.process(clause, **kw) for clause in element.clauses]
 
 
-@compiles(IdentityText)
-def _refuse_identity(_element: IdentityText, compiler: Any, **_: Any) -> NoReturn:
-    raise _unsupported(compiler)
-
-
-@compiles(IdentityText, "postgresql")
-@compiles(IdentityText, "sqlite")
-def _standard_identity(element: IdentityText, compiler: Any, **kw: Any) -> str:
-    (column,) = _texts(element, compiler, kw)
-    return _canonical(element, f"CAST({column} AS TEXT)")
-
-
-@compiles(IdentityText, "mysql")
-@compiles(IdentityText, "mariadb")
-def _mysql_identity(element: IdentityText, compiler: Any, **kw: Any) -> str:
-    (column,) = _texts(element, compiler, kw)
-    return _canonical(element, f"CAST({column} AS CHAR CHARACTER SET utf8mb4)")
-
-
-def _canonical(element: IdentityText, text: str) -> str:
-    return f"lower(replace({text}, '-', ''))" if element.kind is Kind.UUID else text
-
-
+@compiles(_AsText)
 @compiles(WithRow)
-def _refuse_with_row(_element: WithRow, compiler: Any, **_: Any) -> NoReturn:
-    raise _unsupported(compiler)
+def _refuse(_element: _AsText | WithRow, compiler: Any, **_: Any) -> NoReturn:
+    raise UnsupportedDatabaseError(
+        f"It is not known how {compiler.dialect.name} gives the identity of a row. Columns with bind_row are for "
+        "PostgreSQL, SQLite, MySQL and MariaDB."
+    )
+
+
+@compiles(_AsText, "postgresql")
+@compiles(_AsText, "sqlite")
+def _standard_text(element: _AsText, compiler: Any, **kw: Any) -> str:
+    (column,) = _texts(element, compiler, kw)
+    return f"CAST({column} AS TEXT)"
+
+
+@compiles(_AsText, "mysql")
+@compiles(_AsText, "mariadb")
+def _mysql_text(element: _AsText, compiler: Any, **kw: Any) -> str:
+    (column,) = _texts(element, compiler, kw)
+    return f"CAST({column} AS CHAR CHARACTER SET utf8mb4)"
 
 
 @compiles(WithRow, "postgresql")
 def _postgresql_with_row(element: WithRow, compiler: Any, **kw: Any) -> str:
     stored, *texts = _texts(element, compiler, kw)
     start = " || ".join(
-        f"coalesce(encode(convert_to({text}, 'UTF8'), 'hex'), '{_IS_NULL}') || '{SEPARATOR}'" for text in texts
+        f"coalesce(encode(convert_to({text}, 'UTF8'), 'hex'), '{_IS_NULL}') || '{_SEPARATOR}'" for text in texts
     )
     return f"({start} || {stored})" if element.is_text else f"(convert_to({start}, 'UTF8') || {stored})"
 
@@ -319,7 +326,7 @@ def _postgresql_with_row(element: WithRow, compiler: Any, **kw: Any) -> str:
 def _sqlite_with_row(element: WithRow, compiler: Any, **kw: Any) -> str:
     stored, *texts = _texts(element, compiler, kw)
     # hex() gives '' for NULL, hence no coalesce. What is put together is text to SQLite, whatever bytes it has.
-    start = " || ".join(f"iif({text} IS NULL, '{_IS_NULL}', hex({text})) || '{SEPARATOR}'" for text in texts)
+    start = " || ".join(f"iif({text} IS NULL, '{_IS_NULL}', hex({text})) || '{_SEPARATOR}'" for text in texts)
     return f"({start} || {stored})" if element.is_text else f"CAST({start} || {stored} AS BLOB)"
 
 
@@ -327,14 +334,7 @@ def _sqlite_with_row(element: WithRow, compiler: Any, **kw: Any) -> str:
 @compiles(WithRow, "mariadb")
 def _mysql_with_row(element: WithRow, compiler: Any, **kw: Any) -> str:
     stored, *texts = _texts(element, compiler, kw)
-    parts = [part for text in texts for part in (f"coalesce(hex({text}), '{_IS_NULL}')", f"'{SEPARATOR}'")]
+    parts = [part for text in texts for part in (f"coalesce(hex({text}), '{_IS_NULL}')", f"'{_SEPARATOR}'")]
     if element.is_text:
         return f"concat({', '.join(parts)}, {stored})"
     return f"concat(CAST(concat({', '.join(parts)}) AS BINARY), {stored})"
-
-
-def _unsupported(compiler: Any) -> UnsupportedDatabaseError:
-    return UnsupportedDatabaseError(
-        f"It is not known how {compiler.dialect.name} gives the identity of a row. Columns with bind_row are for "
-        "PostgreSQL, SQLite, MySQL and MariaDB."
-    )

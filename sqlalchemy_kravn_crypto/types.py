@@ -25,7 +25,7 @@ from .context import current_keyring, keyring_to_write, report_unknown_key
 from .declarations import refuse_meaningless
 from .exceptions import ColumnError, UnknownKeyError, UnstorableValueError
 from .row_binding import AwaitingRow, BoundColumn, listen
-from .row_identity import identity_columns, split, with_row
+from .row_identity import identifying, split, with_row
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class EncryptedType(TypeDecorator[T], Generic[T]):
             if column is None:
                 raise ColumnError(f"{self!r} belongs to no column of a table, so its values have no row.")
             # Not when the type is attached: then the table does not have all of its columns yet.
-            attachment.bound = BoundColumn(column, tuple(identity_columns(column.table, self.bind_row, name)))
+            attachment.bound = BoundColumn(column, identifying(column.table, self.bind_row, name))
         return attachment.bound
 
     def _refuse_ambiguous_names(self) -> None:
