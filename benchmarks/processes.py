@@ -121,7 +121,16 @@ def peak() -> int:
     """Return the largest resident set that this process has had, in bytes."""
     # On Linux, what getrusage() tells begins with the peak of the process that started this one.
     if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
+        return _of_status("VmHWM")
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found if sys.platform == "darwin" else found * 1024
+
+
+def resident() -> int:
+    """Return the resident set of this process, in bytes. Linux tells."""
+    return _of_status("VmRSS")
+
+
+def _of_status(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
+    return int(lines[name].split()[0]) * 1024

@@ -8,10 +8,11 @@ import socket
 import threading
 from collections.abc import Mapping
 
+from tests.accepting import Accepting
 from tests.hostile_server import ENOUGH, Raw
 
 
-class ConnectProxy:
+class ConnectProxy(Accepting):
     """A tunnel from the names that clients ask for to where their servers really are.
 
     :param targets: the port on this machine for each ``host:port``.
@@ -26,36 +27,23 @@ class ConnectProxy:
         self.requests: list[str] = []
         self.passed: list[bytes] = []
         """The bytes that went through it, of both directions."""
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
+        super().__init__()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
 
-    def _accept(self) -> None:
-        while True:
-            connection, _ = self._socket.accept()
-            if not self.port:
-                connection.close()
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), client:
-            client.settimeout(ENOUGH)
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.settimeout(ENOUGH)
             head = b""
             while not head.endswith(b"\r\n\r\n"):
-                received = client.recv(1)
+                received = connection.recv(1)
                 if not received:
                     return
                 head += received
             self.requests.append(head.decode())
             if self.raw is not None:
-                self.raw(client, b"")
+                self.raw(connection, b"")
                 return
-            self._connect(client, head.decode())
+            self._connect(connection, head.decode())
 
     def _connect(self, client: socket.socket, head: str) -> None:
         target = head.split(" ", 2)[1]
@@ -80,10 +68,3 @@ class ConnectProxy:
                 target.sendall(received)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        port, self.port = self.port, 0
-        socket.create_connection(("127.0.0.1", port)).close()
-        for thread in self._threads:
-            thread.join()
-        self._socket.close()

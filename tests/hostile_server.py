@@ -7,11 +7,12 @@ import gzip
 import json
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.accepting import Accepting
 
 Raw = Callable[[socket.socket, bytes], None]
 """Answers a request by writing to the connection; gets the body of the request too."""
@@ -105,7 +106,7 @@ class Listener:
         self._socket.close()
 
 
-class HostileServer:
+class HostileServer(Accepting):
     """Answers every request as ``raw`` does, over TLS if it is given a certificate."""
 
     def __init__(self, certificate: Path | None = None) -> None:
@@ -115,43 +116,29 @@ class HostileServer:
         if certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.load_cert_chain(certificate)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
+        super().__init__()
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
 
-    def _accept(self) -> None:
-        while True:
-            connection, _ = self._socket.accept()
-            if not self.port:
-                connection.close()
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, plain: socket.socket) -> None:
-        with contextlib.suppress(OSError), plain:
-            plain.settimeout(ENOUGH)
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.settimeout(ENOUGH)
             if not self._context:
-                self._answer(plain)
+                self._answer(connection)
                 return
-            with self._context.wrap_socket(plain, server_side=True) as encrypted:
+            with self._context.wrap_socket(connection, server_side=True) as encrypted:
                 self._answer(encrypted)
 
     def _answer(self, connection: socket.socket) -> None:
+        head, body = self._read(connection)
+        self.requests.append(head + b"\r\n\r\n" + body)
+        self.raw(connection, body)
+
+    @staticmethod
+    def _read(connection: socket.socket) -> tuple[bytes, bytes]:
+        """Read a request; return its head and its body, of which a client that hangs up has sent less."""
         head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
         fields = [line.partition(b":") for line in head.lower().split(b"\r\n")]
         length = next((int(value) for name, _, value in fields if name == b"content-length"), 0)
         while len(body) < length and (received := connection.recv(65536)):
             body += received
-        self.requests.append(head + b"\r\n\r\n" + body)
-        self.raw(connection, body)
-
-    def close(self) -> None:
-        port, self.port = self.port, 0
-        socket.create_connection(("127.0.0.1", port)).close()
-        for thread in self._threads:
-            thread.join()
-        self._socket.close()
+        return head, body

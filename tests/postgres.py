@@ -23,8 +23,8 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -242,45 +242,64 @@ def _add_directory(tar: tarfile.TarFile, name: str, *, mode: int, owner: int = 0
 # As a process
 
 
+class LocalPostgres:
+    """A server that runs as a process, with a directory and a superuser of its own.
+
+    :param settings: what is configured.
+    :ivar url: the superuser's, for SQLAlchemy with psycopg.
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._stack = ExitStack()
+        self._home = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kravn-pg-", ignore_cleanup_errors=True))
+        )
+        self._settings = {**settings, "listen_addresses": "127.0.0.1", "unix_socket_directories": str(self._home)}
+        self._as_user = _unprivileged_user(self._home)
+        self._programs = _runnable_programs(self._home, self._as_user)
+        password = secrets.token_urlsafe()
+        password_file = self._home / "password"
+        password_file.write_text(password)
+        initdb: list[Path | str] = [self._programs / "initdb", f"--pgdata={self._home / 'data'}", *_INITDB]
+        _run([*initdb, f"--username={_USER}", f"--pwfile={password_file}"], self._home, self._as_user)
+        self.url = URL.create("postgresql+psycopg", _USER, password, "127.0.0.1", _free_port(), _USER)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on what is in its directory."""
+        command: list[Any] = [self._programs / "postgres", "-D", self._home / "data", "-p", str(self.url.port)]
+        for name, value in self._settings.items():
+            command += ["-c", f"{name}={value}"]
+        with (self._home / "log").open("a") as log:
+            self._server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._home, **self._as_user
+            )
+        try:
+            _wait_for(self.url, self._server, self._home / "log")
+        except BaseException:
+            self.close()
+            raise
+
+    def stop(self) -> None:
+        """Stop it, without waiting for its clients."""
+        self._server.send_signal(signal.SIGINT)
+        try:
+            self._server.wait(10)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+
+    def close(self) -> None:
+        """Stop it if it is running, and remove its directory."""
+        if self._server.poll() is None:
+            self.stop()
+        self._stack.close()
+
+
 @contextmanager
 def _serve_directly() -> Iterator[URL]:
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kravn-pg-", ignore_cleanup_errors=True)))
-        user = _unprivileged_user(home)
-        programs = _runnable_programs(home, user)
-        password = secrets.token_urlsafe()
-        password_file = home / "password"
-        password_file.write_text(password)
-        _run(
-            [
-                programs / "initdb",
-                f"--pgdata={home / 'data'}",
-                f"--username={_USER}",
-                f"--pwfile={password_file}",
-                *_INITDB,
-            ],
-            home,
-            user,
-        )
-        port = _free_port()
-        log = stack.enter_context((home / "log").open("w"))
-        settings = {**_CONFIGURATION, "listen_addresses": "127.0.0.1", "unix_socket_directories": str(home)}
-        server = subprocess.Popen(
-            [
-                programs / "postgres",
-                *("-D", home / "data", "-p", str(port)),
-                *(argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=home,
-            **user,
-        )
-        stack.callback(_stop, server)
-        url = URL.create("postgresql+psycopg", _USER, password, "127.0.0.1", port, _USER)
-        _wait_for(url, server, home / "log")
-        yield url
+    with closing(LocalPostgres(_CONFIGURATION)) as server:
+        yield server.url
 
 
 def _unprivileged_user(home: Path) -> dict[str, Any]:
@@ -327,15 +346,6 @@ def _wait_for(url: URL, server: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.02)
         else:
             return
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.send_signal(signal.SIGINT)  # without waiting for its clients
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 def _free_port() -> int:

@@ -34,13 +34,9 @@ class ScriptedServer(HostileServer):
         self.raw = otherwise
 
     def _answer(self, connection: socket.socket) -> None:
-        head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+        head, body = self._read(connection)
         if not head:
             return
-        fields = [line.partition(b":") for line in head.lower().split(b"\r\n")]
-        length = next((int(value) for name, _, value in fields if name == b"content-length"), 0)
-        while len(body) < length:
-            body += connection.recv(65536)
         self.requests.append(head + b"\r\n\r\n" + body)
         path = head.split(b" ", 2)[1].decode()
         raw = next((raw for name, raw in self.by_name.items() if name in path), self.raw)

@@ -5,8 +5,10 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
+from tests.accepting import Accepting
 
-class TCPProxy:
+
+class TCPProxy(Accepting):
     """Forwards connections to a server. From a given number on, it holds what they send until it is released.
 
     :param target: the URL of the server.
@@ -18,10 +20,10 @@ class TCPProxy:
         self._target = (parsed.hostname, parsed.port)
         self._hold_from = hold_from
         self._released = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"{parsed.scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._held: set[socket.socket] = set()
         self.connections = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
+        self.address = f"{parsed.scheme}://127.0.0.1:{self.port}"
 
     def hold_from(self, connection: int) -> None:
         """Hold what comes from a connection on, counted from 0, until it is released again."""
@@ -34,25 +36,20 @@ class TCPProxy:
 
     def close(self) -> None:
         self.release()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.stop_accepting()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                held = self._hold_from is not None and self.connections >= self._hold_from
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(client, held), daemon=True).start()
+    def _accepted(self, connection: socket.socket) -> None:
+        if self._hold_from is not None and self.connections >= self._hold_from:
+            self._held.add(connection)
+        self.connections += 1
 
-    def _serve(self, client: socket.socket, held: bool) -> None:  # noqa: FBT001 - a thread's argument
-        if held:
+    def _serve(self, connection: socket.socket) -> None:
+        if connection in self._held:
             self._released.wait()
-        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
-            back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
+        with contextlib.suppress(OSError), connection, socket.create_connection(self._target) as server:
+            back = threading.Thread(target=self._pump, args=(server, connection), daemon=True)
             back.start()
-            self._pump(client, server)
+            self._pump(connection, server)
             back.join()
 
     @staticmethod

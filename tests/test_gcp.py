@@ -555,7 +555,7 @@ def test_the_deadline_ends_an_answer_that_does_not(victim: Victim, impostor: Hos
 def assert_hung_up(server: HostileServer | ConnectProxy) -> None:
     """Check that the client closes its connections soon: what serves them ends when it does."""
     end = time.monotonic() + hostile.ENOUGH / 2
-    while any(thread.is_alive() for thread in server._threads[1:]):
+    while server.is_serving:
         assert time.monotonic() < end
         time.sleep(0.01)
 

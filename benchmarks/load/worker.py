@@ -19,6 +19,7 @@ from sqlalchemy import create_engine
 
 from sqlalchemy_kravn_crypto import configure, reset
 
+from ..processes import resident
 from .hand import Hand
 
 WARM: Final = 0.25
@@ -26,8 +27,6 @@ WARM: Final = 0.25
 
 _POOL: Final = 5
 """Connections that a process keeps; up to one for each thread are opened and closed again."""
-
-_STATUS: Final = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +62,6 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a message."""
         self.found.append(record.getMessage())
-
-
-def resident() -> int:
-    """Return the resident set of this process, in bytes."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
-    return int(lines["VmRSS"].split()[0]) * 1024
 
 
 def main(url: str, first: int, count: int, threads: int, share: int, seconds: float, path: Path) -> None:  # noqa: PLR0913, PLR0917 - its arguments

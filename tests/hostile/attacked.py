@@ -328,13 +328,16 @@ class Templates:
         self._directory = directory
         self._built: dict[str, Attacked] = {}
 
+    def another(self, way: str, directory: Path) -> Attacked:
+        """Build a deployment of its own in a new directory, with the same master key and the same secret."""
+        directory.mkdir()
+        made = Attacked(f"sqlite:///{directory / 'a.db'}", way, self.master.provider(way), directory)
+        made.build()
+        return made
+
     def copy(self, way: str, directory: Path) -> Attacked:
         if way not in self._built:
-            home = self._directory / way
-            home.mkdir()
-            made = Attacked(f"sqlite:///{home / 'a.db'}", way, self.master.provider(way), home)
-            made.build()
-            self._built[way] = made
+            self._built[way] = self.another(way, self._directory / way)
         template = self._built[way]
         shutil.copy(self._directory / way / "a.db", directory / "a.db")
         copied = Attacked(f"sqlite:///{directory / 'a.db'}", way, self.master.provider(way), directory)

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from tests.accepting import Accepting
+
 _RESET: Final = struct.pack("ii", 1, 0)
 
 Harm = Callable[["FaultProxy", "Link"], None]
@@ -31,7 +33,7 @@ class Link:
                 side.shutdown(socket.SHUT_RDWR)
 
 
-class FaultProxy:
+class FaultProxy(Accepting):
     """Forwards connections to a server. An exchange is what the client says, and what the server answers to it.
 
     From the exchange that it is told of, it does harm: see the functions below. Connections that come after it meet
@@ -44,10 +46,8 @@ class FaultProxy:
         self._target = target
         self._lock = threading.Lock()
         self._links: set[Link] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
         self.heal()
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
     def heal(self) -> None:
         """Do no more harm, and end what is open."""
@@ -78,25 +78,17 @@ class FaultProxy:
         self._bytes = answered
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.stop_accepting()
         self.heal()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
-            link = Link(client, server)
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection, socket.create_connection(self._target) as server:
+            link = Link(connection, server)
             with self._lock:
                 self._links.add(link)
-            back = threading.Thread(target=self._pump, args=(link, server, client, self._server_says), daemon=True)
+            back = threading.Thread(target=self._pump, args=(link, server, connection, self._server_says), daemon=True)
             back.start()
-            self._pump(link, client, server, self._client_says)
+            self._pump(link, connection, server, self._client_says)
             back.join()
             with self._lock:
                 self._links.discard(link)

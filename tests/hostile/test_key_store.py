@@ -322,10 +322,7 @@ def test_14_the_keys_of_another_deployment_are_refused(
     attacked: Attacked, templates: Templates, tmp_path: Path
 ) -> None:
     """Even one with the same master key and the same secret; alone, with its whole row, and as the only ones."""
-    home = tmp_path / "other"
-    home.mkdir()
-    other = Attacked(f"sqlite:///{home / 'a.db'}", attacked.way, templates.master.provider(attacked.way), home)
-    other.build()
+    other = templates.another(attacked.way, tmp_path / "other")
     rows, primary, foreign = attacked.rows(), attacked.row("primary"), other.row("primary")
     assert foreign["key_id"] != primary["key_id"]
     taken = {name: foreign[name] for name in ("key_id", "key_check", "wrapped_key", "row_mac")}
@@ -344,10 +341,7 @@ def test_all_tables_of_another_deployment_are_refused_where_the_id_is_set_or_key
     attacked: Attacked, templates: Templates, tmp_path: Path
 ) -> None:
     """With the same master key and the same secret, they are genuine; what was written here is not under their keys."""
-    home = tmp_path / "other"
-    home.mkdir()
-    other = Attacked(f"sqlite:///{home / 'a.db'}", attacked.way, templates.master.provider(attacked.way), home)
-    other.build()
+    other = templates.another(attacked.way, tmp_path / "other")
     deployment_id = attacked.rows()[0]["deployment_id"]
     attacked.restore(other.dump())
     with pytest.raises(errors.DeploymentMismatchError):
