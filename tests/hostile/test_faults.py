@@ -507,6 +507,7 @@ from sqlalchemy_kravn_crypto.settings import Settings
 
 settings = Settings()
 engine = create_engine(sys.argv[1])
+engine.connect().close()  # what that imports is not for every user to read
 match sys.argv[2]:
     case "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
