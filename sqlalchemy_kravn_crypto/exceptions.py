@@ -202,7 +202,7 @@ class ExistingDataError(KeyStoreError):
 
 
 class MalformedRowError(KeyStoreError):
-    """A row of ``kms_keys`` is not one that this library writes."""
+    """A row of a table of this library, which the message names, is not one that this library writes."""
 
 
 class RowAuthenticationError(KeyStoreError):

@@ -12,7 +12,7 @@ from sqlalchemy import BindParameter, ColumnClause, ColumnElement, and_, bindpar
 from sqlalchemy.types import Enum
 
 from .codecs.selection import codec_for
-from .exceptions import ColumnError, ColumnUnreachableError
+from .exceptions import ColumnError, ColumnUnreachableError, MalformedPayloadError, MalformedRowError
 
 Key = tuple[Any, ...]
 """The values of the columns of a primary key, in its order."""
@@ -40,6 +40,7 @@ class KeyColumns:
                 "not known how to walk along. Load and store the values with your own program instead."
             )
         self.columns = tuple(columns)
+        self._label = label
         self._codecs = tuple(codec_for(column.type) for column in columns)
         # MySQL reads a comparison of rows only in the long form as a range of an index, PostgreSQL only in the short.
         self._in_long_form = dialect in _MYSQL
@@ -52,10 +53,20 @@ class KeyColumns:
     def from_text(self, text: str) -> Key:
         """Return the key that text was made of, its values of the same types.
 
-        :raises MalformedPayloadError: if the text is no key of this table.
+        :raises MalformedRowError: if the text is no key of this table.
         """
-        payloads = map(b64decode, json.loads(text))
-        return tuple(codec.decode(payload) for codec, payload in zip(self._codecs, payloads, strict=True))
+        try:
+            found = json.loads(text)
+            if isinstance(found, list):
+                payloads = [b64decode(payload, validate=True) for payload in found]
+                return tuple(codec.decode(payload) for codec, payload in zip(self._codecs, payloads, strict=True))
+        except (MalformedPayloadError, RecursionError, TypeError, ValueError):
+            pass
+        raise MalformedRowError(
+            f"The plan for {self._label} in kms_rekeys names what is no primary key of its table. If nobody has "
+            "changed the type of the key, find out who writes to kms_rekeys. Empty that table; then run "
+            "`kravn-crypto rekey` again, which plans anew."
+        )
 
     def parameters(self, name: str) -> Key:
         """Return parameters in the place of a key, for a statement that is made once; :meth:`named` gives them."""

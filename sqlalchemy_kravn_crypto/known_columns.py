@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnClause,
@@ -32,8 +32,8 @@ from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 
 from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_key_prefix
-from .columns import TEXT, EncryptedColumn
-from .exceptions import ColumnUnreachableError, UnsupportedDatabaseError
+from .columns import BINARY, TEXT, EncryptedColumn
+from .exceptions import ColumnUnreachableError, MalformedRowError, UnsupportedDatabaseError
 from .row_identity import IdentityColumn, Kind, identity_text
 from .rows import OWN_TABLES
 from .schema import TABLES
@@ -127,37 +127,93 @@ def record(connection: Connection, columns: Iterable[KnownColumn]) -> None:
     """Put columns on record that are not, or are with another storage or other names. The caller commits.
 
     One query where nothing is new. Several processes may do the same at once, in any isolation level in which one sees
-    what the other has committed.
+    what the other has committed. What is on record is compared as it is stored and not parsed, so that a row that
+    somebody else wrote is put right if it is of one of the columns, and is in nobody's way if it is not.
 
     :raises UnsupportedDatabaseError: if it is not known how this database inserts what another process may insert too.
     """
-    present = set(recorded(connection))
+    present = set(_stored(connection))
     # All in the same order, so that of two processes one waits for the other, and not each for the other.
-    for known in sorted(set(columns) - present):
-        connection.execute(_upsert(connection.dialect.name, known), execution_options=OWN_TABLES)
+    for known in sorted(set(columns)):
+        row = _row(known)
+        if row not in present:
+            connection.execute(_upsert(connection.dialect.name, row), execution_options=OWN_TABLES)
 
 
 def recorded(connection: Connection) -> list[KnownColumn]:
-    """Return the columns on record."""
-    columns = _COLUMNS.c
-    statement = select(
-        columns.schema_name,
-        columns.table_name,
-        columns.column_name,
-        columns.storage,
-        columns.name,
-        columns.earlier_names,
-        columns.row_identity,
-    )
-    found = connection.execute(statement, execution_options=OWN_TABLES)
-    return sorted(
-        KnownColumn(
-            *row[:-2],
-            earlier_names=tuple(json.loads(row.earlier_names or "[]")),
-            row_identity=tuple(IdentityColumn(name, Kind(kind)) for name, kind in json.loads(row.row_identity or "[]")),
+    """Return the columns on record.
+
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
+    return sorted(map(_parsed, _stored(connection)))
+
+
+class _Row(NamedTuple):
+    """A row of ``kms_columns``, as it is stored."""
+
+    schema_name: str
+    table_name: str
+    column_name: str
+    storage: str
+    name: str
+    earlier_names: str | None
+    row_identity: str | None
+
+
+_PLACE: Final = _Row._fields[:3]
+
+
+def _stored(connection: Connection) -> list[_Row]:
+    statement = select(*(_COLUMNS.c[name] for name in _Row._fields))
+    return [_Row(*row) for row in connection.execute(statement, execution_options=OWN_TABLES)]
+
+
+def _row(known: KnownColumn) -> _Row:
+    names = json.dumps(known.earlier_names) if known.earlier_names else None
+    identity = json.dumps(known.row_identity) if known.row_identity else None
+    return _Row(*known.place, known.storage, known.name, names, identity)
+
+
+def _parsed(row: _Row) -> KnownColumn:
+    try:
+        return KnownColumn(
+            _text(row.schema_name),
+            _text(row.table_name),
+            _text(row.column_name),
+            _STORAGES[row.storage],
+            _text(row.name),
+            tuple(map(_text, _listed(row.earlier_names))),
+            tuple(IdentityColumn(_text(name), Kind(kind)) for name, kind in _listed(row.row_identity)),
         )
-        for row in found
+    except (KeyError, RecursionError, TypeError, ValueError):
+        pass
+    raise MalformedRowError(
+        f"The row of kms_columns {_place_shown(row)} is not one that this library writes. Find out who writes to the "
+        "table, and delete the row; the next process that starts and declares the column writes it anew."
     )
+
+
+_STORAGES: Final = {storage: storage for storage in (BINARY, TEXT)}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):  # SQLite keeps any value in any column
+        raise TypeError
+    return value
+
+
+def _listed(stored: Any) -> list[Any]:
+    found = [] if stored is None else json.loads(_text(stored))
+    if not isinstance(found, list):
+        raise TypeError
+    return found
+
+
+def _place_shown(row: _Row) -> str:
+    place: tuple[Any, ...] = row[:3]
+    if not all(isinstance(name, str) for name in place):
+        return "whose names are no text"
+    return f"for {'.'.join(filter(None, place))[:400]!r}"
 
 
 def forget(connection: Connection, schema: str, table: str, column: str) -> bool:
@@ -175,24 +231,16 @@ def forget(connection: Connection, schema: str, table: str, column: str) -> bool
     return found.rowcount > 0
 
 
-def _upsert(dialect: str, known: KnownColumn) -> Any:
-    values = {
-        "storage": known.storage,
-        "name": known.name,
-        "earlier_names": json.dumps(known.earlier_names) if known.earlier_names else None,
-        "row_identity": json.dumps(known.row_identity) if known.row_identity else None,
-    }
-    row = {"schema_name": known.schema, "table_name": known.table, "column_name": known.column, **values}
+def _upsert(dialect: str, row: _Row) -> Any:
+    values, place = row._asdict(), list(_PLACE)
+    others = {name: value for name, value in values.items() if name not in _PLACE}
     if dialect == "postgresql":
-        return postgresql.insert(_COLUMNS).values(row).on_conflict_do_update(index_elements=_KEY, set_=values)
+        return postgresql.insert(_COLUMNS).values(values).on_conflict_do_update(index_elements=place, set_=others)
     if dialect == "sqlite":
-        return sqlite.insert(_COLUMNS).values(row).on_conflict_do_update(index_elements=_KEY, set_=values)
+        return sqlite.insert(_COLUMNS).values(values).on_conflict_do_update(index_elements=place, set_=others)
     if dialect in {"mysql", "mariadb"}:
-        return mysql.insert(_COLUMNS).values(row).on_duplicate_key_update(values)
+        return mysql.insert(_COLUMNS).values(values).on_duplicate_key_update(others)
     raise UnsupportedDatabaseError(f"It is not known how {dialect} inserts a row that another process may insert too.")
-
-
-_KEY: Final = ("schema_name", "table_name", "column_name")
 
 
 # --- All that are known ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sqlalchemy import (
     false,
     func,
     insert,
+    not_,
     or_,
     select,
     true,
@@ -32,6 +33,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from .clock import database_now
+from .exceptions import MalformedRowError
 from .known_columns import KnownColumn
 from .rows import OWN_TABLES
 from .schema import TABLES
@@ -41,6 +43,19 @@ LEASE: Final = timedelta(seconds=60)
 
 _REKEYS: Final = TABLES.rekeys
 _C: Final = _REKEYS.c
+
+# Without the times, since nothing is made of them here and those that are none would end a query with an error.
+_SHARDS: Final = select(
+    _C.schema_name,
+    _C.table_name,
+    _C.column_name,
+    _C.shard,
+    _C.key_id,
+    _C.lower_bound,
+    _C.upper_bound,
+    _C.position,
+    _C.rows_total,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +150,8 @@ def _shards(
     connection: Connection, columns: Iterable[KnownColumn], key_id: str, condition: ColumnElement[bool]
 ) -> list[Shard]:
     by_place = {column.place: column for column in columns}
-    statement = (
-        select(_REKEYS)
-        .where(_of(by_place.values()), _C.key_id == key_id, condition)
-        .order_by(_C.schema_name, _C.table_name, _C.column_name, _C.shard)
+    statement = _SHARDS.where(_of(by_place.values()), _C.key_id == key_id, condition).order_by(
+        _C.schema_name, _C.table_name, _C.column_name, _C.shard
     )
     found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
     return [_shard(by_place[row["schema_name"], row["table_name"], row["column_name"]], row) for row in found]
@@ -190,7 +203,19 @@ def _row(shard: Shard) -> dict[str, Any]:
 
 
 def _shard(column: KnownColumn, row: Any) -> Shard:
-    return Shard(column, row["shard"], row["key_id"], row["lower_bound"], row["upper_bound"], row["rows_total"])
+    shard = Shard(column, row["shard"], row["key_id"], row["lower_bound"], row["upper_bound"], row["rows_total"])
+    texts = (shard.lower, shard.upper, row["position"])
+    numbers = (shard.number, shard.rows)
+    if not all(type(number) is int for number in numbers) or not all(isinstance(one, str | None) for one in texts):
+        raise _malformed()
+    return shard
+
+
+def _malformed() -> MalformedRowError:
+    return MalformedRowError(
+        "A row of kms_rekeys is not one that this library writes. Find out who writes to it, and empty it; then "
+        "run `kravn-crypto rekey` again, which plans anew."
+    )
 
 
 # --- Workers ---------------------------------------------------------------------------------------------------------
@@ -200,11 +225,13 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
     """Take the first shard that nobody is at, for ``LEASE``; ``None`` if there is none. Commits.
 
     :param worker: who takes it; a name of up to 36 characters that nobody else has.
+    :raises MalformedRowError: if a shard is not one that this library writes.
     """
-    free = and_(_C.finished_at.is_(None), or_(_C.leased_until.is_(None), _C.leased_until < database_now()))
+    # A lease until later than that was given by nobody, and would be waited for without an end.
+    is_leased = and_(_C.leased_until >= database_now(), _C.leased_until <= _latest_lease_end())
+    free = and_(_C.finished_at.is_(None), or_(_C.leased_until.is_(None), not_(is_leased)))
     statement = (
-        select(_REKEYS)
-        .where(_any_of(shards), free)
+        _SHARDS.where(_any_of(shards), free)
         .order_by(_C.schema_name, _C.table_name, _C.column_name, _C.shard)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -259,15 +286,23 @@ def are_unfinished(connection: Connection, shards: Sequence[Shard]) -> bool:
 
 
 def progress(connection: Connection) -> list[Progress]:
-    """Return how far all columns are that a plan has been made for."""
+    """Return how far all columns are that a plan has been made for.
+
+    :raises MalformedRowError: if a row is not one that this library writes.
+    """
     place = _C.schema_name, _C.table_name, _C.column_name
     sums = (func.sum(_C[name]) for name in ("rows_total", "rows_seen", "rekeyed", "conflicts", "unreadable"))
     shards = func.count(), func.count(_C.shard) - func.count(_C.finished_at)
     statement = select(*place, _C.key_id, *sums, *shards).group_by(*place, _C.key_id).order_by(*place, _C.key_id)
-    return [
-        Progress(".".join(part for part in (schema, table, column) if part), key_id, *map(int, numbers))
-        for schema, table, column, key_id, *numbers in connection.execute(statement, execution_options=OWN_TABLES)
-    ]
+    found = connection.execute(statement, execution_options=OWN_TABLES).all()
+    try:
+        return [
+            Progress(".".join(part for part in (schema, table, column) if part), key_id, *map(int, numbers))
+            for schema, table, column, key_id, *numbers in found
+        ]
+    except (ArithmeticError, TypeError, ValueError):  # SQLite keeps any value in any column
+        pass
+    raise _malformed()
 
 
 def _of(columns: Iterable[KnownColumn]) -> ColumnElement[bool]:
@@ -302,22 +337,30 @@ class _lease_end(FunctionElement[datetime]):  # noqa: N801 - a function of SQL
 
     type = DateTime(timezone=True)
     inherit_cache = True
+    seconds = LEASE.seconds
+
+
+class _latest_lease_end(_lease_end):  # noqa: N801 - as above
+    """A time that no lease goes beyond, nor one that is given meanwhile, or by a clock that was set back a little."""
+
+    inherit_cache = True
+    seconds = 2 * LEASE.seconds
 
 
 @compiles(_lease_end, "postgresql")
-def _lease_end_postgresql(_element: Any, _compiler: Any, **_: Any) -> str:
-    return f"clock_timestamp() + interval '{LEASE.seconds} seconds'"
+def _lease_end_postgresql(element: Any, _compiler: Any, **_: Any) -> str:
+    return f"clock_timestamp() + interval '{element.seconds} seconds'"
 
 
 @compiles(_lease_end, "sqlite")
-def _lease_end_sqlite(_element: Any, _compiler: Any, **_: Any) -> str:
-    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{LEASE.seconds} seconds')"
+def _lease_end_sqlite(element: Any, _compiler: Any, **_: Any) -> str:
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{element.seconds} seconds')"
 
 
 @compiles(_lease_end, "mysql")
 @compiles(_lease_end, "mariadb")
-def _lease_end_mysql(_element: Any, _compiler: Any, **_: Any) -> str:
-    return f"UTC_TIMESTAMP(6) + INTERVAL {LEASE.seconds} SECOND"
+def _lease_end_mysql(element: Any, _compiler: Any, **_: Any) -> str:
+    return f"UTC_TIMESTAMP(6) + INTERVAL {element.seconds} SECOND"
 
 
 def _mine(claimed: Claim) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sqlalchemy_kravn_crypto import configure, configure_async, is_configured, r
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.context import current_keyring
 from sqlalchemy_kravn_crypto.following import current, follow, resume, start, stop
+from sqlalchemy_kravn_crypto.known_columns import KnownColumn, declared, record
 from sqlalchemy_kravn_crypto.lifecycle import promote, rotate
 from sqlalchemy_kravn_crypto.replicas import Replica, read_replicas
 from sqlalchemy_kravn_crypto.schema import TABLES, State
@@ -617,6 +618,25 @@ def test_a_process_that_starts_beside_a_garbage_heartbeat_serves(
     clock.now += INTERVAL
     assert numbers(engine) == [1]
     assert len(beats(sqlite_deployment)) == 1
+
+
+@pytest.mark.parametrize("name", ["earlier_names", "row_identity", "storage", "name"])
+def test_a_process_that_starts_beside_garbage_in_the_record_of_columns_serves_and_puts_its_own_right(
+    deployment: Deployment, connected: Callable[..., Engine], clock: Clock, name: str
+) -> None:
+    """And leaves that of others alone, for an operator to look at."""
+    with deployment.engine.begin() as connection:
+        record(connection, [*declared(METADATA), KnownColumn("", "elsewhere", "x", "binary", "elsewhere.x")])
+        connection.execute(update(TABLES.columns).values({name: "{MARKER"}))
+    engine = connected(deployment.engine.url)
+    serve(deployment, engine, clock)
+    with engine.begin() as connection:
+        connection.execute(insert(NOTES), ONE)
+    assert numbers(engine) == [1]
+    assert len(beats(deployment)) == 1
+    with deployment.engine.connect() as connection:
+        garbage = select(TABLES.columns.c.table_name).where(TABLES.columns.c[name] == "{MARKER")
+        assert list(connection.scalars(garbage)) == ["elsewhere"]
 
 
 def test_an_engine_with_options_can_be_what_is_configured(

@@ -109,6 +109,33 @@ def test_keeps_every_digit_and_zone() -> None:
     assert ranges.from_text(ranges.to_text(key)) == key
 
 
+NO_KEYS = {
+    "no JSON": "MARKER",
+    "a number": "5",
+    "a string": '"MARKER"',
+    "null": "null",
+    "an object": '{"EAAAAAAAAAAAAAAAAAAAAAA=": 1}',
+    "numbers": "[5]",
+    "no base64": '["MARKER!"]',
+    "base64 with what is none": '["EAAAAAAAAAAAAAAAAAAAAAA!="]',
+    "another type": '["A01BUktFUg=="]',
+    "no payload": '[""]',
+    "no values": "[]",
+    "too many values": '["EAAAAAAAAAAAAAAAAAAAAAE=", "EAAAAAAAAAAAAAAAAAAAAAE="]',
+    "brackets": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", NO_KEYS.values(), ids=NO_KEYS)
+def test_text_that_is_no_key_of_the_table_is_refused(text: str) -> None:
+    ranges = KeyColumns([column("i", Integer)], "a.secret", "postgresql")
+    assert ranges.from_text('["EAAAAAAAAAAAAAAAAAAAAAE="]') == (1,)
+    with pytest.raises(errors.MalformedRowError, match=r"plan for a\.secret in kms_rekeys") as caught:
+        ranges.from_text(text)
+    assert caught.value.__context__ is None
+    assert "MARKER" not in str(caught.value)
+
+
 def test_without_a_primary_key_there_is_no_way() -> None:
     with pytest.raises(errors.ColumnUnreachableError, match=r"a\.secret.*no primary key"):
         KeyColumns([], "a.secret", "postgresql")

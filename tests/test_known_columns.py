@@ -18,10 +18,12 @@ from sqlalchemy import (
     Uuid,
     create_engine,
     event,
+    insert,
     select,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import NullType
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, EncryptedString
 from sqlalchemy_kravn_crypto import exceptions as errors
@@ -187,6 +189,59 @@ def test_many_processes_record_the_same_at_once(engine: Engine) -> None:
     assert failures == []
     with engine.connect() as connection:
         assert recorded(connection) == sorted(columns)
+
+
+NO_LISTS = {
+    "no JSON": "MARKER",
+    "an object": '{"MARKER": 1}',
+    "a string": '"MARKER"',
+    "numbers": "[1, 2]",
+    "brackets": "[" * 60_000,
+    "no text at all": "",
+}
+
+
+@pytest.mark.parametrize("name", ["earlier_names", "row_identity"])
+@pytest.mark.parametrize("value", NO_LISTS.values(), ids=NO_LISTS)
+def test_a_list_on_record_that_is_none_is_told_apart_and_put_right_by_who_declares_the_column(
+    engine: Engine, name: str, value: str
+) -> None:
+    """Whoever declares another column goes on as well, and does not touch it."""
+    set_ = text(f"UPDATE kms_columns SET {name} = :value WHERE table_name = 'a'")  # noqa: S608 - of this file
+    with engine.begin() as connection:
+        record(connection, [A])
+        connection.execute(set_, {"value": value})
+        record(connection, [B])
+    with engine.connect() as connection:
+        with pytest.raises(errors.MalformedRowError, match=r"row of kms_columns for 'a\.secret'") as caught:
+            recorded(connection)
+        assert caught.value.__context__ is None
+        assert "MARKER" not in str(caught.value)
+    with engine.begin() as connection:
+        record(connection, [A])
+        assert recorded(connection) == [A, B]
+
+
+@pytest.mark.parametrize("value", ["NULL", "17", "x'00'", "'MARKER'"])
+@pytest.mark.parametrize("name", ["storage", "name", "schema_name", "table_name", "column_name"])
+def test_what_sqlite_keeps_in_a_column_of_text_is_told_apart_from_what_this_library_writes(
+    name: str, value: str
+) -> None:
+    engine = create_engine("sqlite://")
+    bare = Table("kms_columns", MetaData(), *(Column(one.name, NullType()) for one in TABLES.columns.columns))
+    with engine.begin() as connection:
+        # Without affinities and constraints, as somebody makes it who owns the database.
+        connection.exec_driver_sql(f"CREATE TABLE kms_columns ({', '.join(bare.columns.keys())})")
+        connection.execute(insert(bare), [{"schema_name": "", "table_name": "a", "column_name": "b"}])
+        connection.exec_driver_sql("UPDATE kms_columns SET storage = 'binary', name = 'a.b'")
+        assert recorded(connection) == [KnownColumn("", "a", "b", "binary", "a.b")]
+        connection.exec_driver_sql(f"UPDATE kms_columns SET {name} = {value}")  # noqa: S608 - of this file
+        if value == "'MARKER'" and name != "storage":  # a name like any other
+            assert len(recorded(connection)) == 1
+        else:
+            with pytest.raises(errors.MalformedRowError, match="row of kms_columns"):
+                recorded(connection)
+    engine.dispose()
 
 
 def test_forgets_one_column(engine: Engine) -> None:

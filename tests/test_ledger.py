@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, select, update
 
+from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto import ledger
 from sqlalchemy_kravn_crypto.clock import as_utc, read_database_time
 from sqlalchemy_kravn_crypto.ledger import Claim, Counts, Progress, Shard
@@ -153,6 +154,53 @@ def test_a_lease_ends_on_the_clock_of_the_database(engine: Engine, connection: C
     claimed = ledger.claim(connection, "living", shards)
     assert claimed is not None
     assert claimed.worker == "living"
+
+
+def test_a_lease_until_later_than_any_is_waited_for_by_nobody(engine: Engine, connection: Connection) -> None:
+    ledger.write_plan(connection, A, KEY, [], 1)
+    taken(connection, "somebody")
+    with engine.begin() as elsewhere:
+        now = read_database_time(elsewhere)
+        elsewhere.execute(update(REKEYS).values(leased_until=now + timedelta(seconds=50)))
+    shards = ledger.planned_shards(connection, [A], KEY)
+    assert ledger.claim(connection, "me", shards) is None
+    with engine.begin() as elsewhere:
+        elsewhere.execute(update(REKEYS).values(leased_until=now + timedelta(days=1)))
+    claimed = ledger.claim(connection, "me", shards)
+    assert claimed is not None
+    assert claimed.worker == "me"
+
+
+@pytest.mark.parametrize("name", ["shard", "lower_bound", "upper_bound", "position", "rows_total"])
+def test_what_sqlite_keeps_in_any_column_is_told_apart_from_a_plan(name: str) -> None:
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        shards = ledger.planned_shards(connection, [A], KEY)
+        connection.exec_driver_sql(f"UPDATE kms_rekeys SET {name} = x'00'")  # noqa: S608 - of this file
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+            ledger.planned_shards(connection, [A], KEY)
+        if name != "shard":
+            with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+                ledger.claim(connection, "me", shards)
+
+
+def test_times_that_are_none_are_in_nobodys_way() -> None:
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        connection.exec_driver_sql("UPDATE kms_rekeys SET leased_until = 'x', created_at = 'x', updated_at = 'x'")
+        assert ledger.advance(connection, taken(connection, "me"), None, Counts())
+
+
+def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        assert [one.rows_total for one in ledger.progress(connection)] == [1]
+        connection.exec_driver_sql("UPDATE kms_rekeys SET rows_total = 9e999")
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+            ledger.progress(connection)
 
 
 def test_who_takes_over_goes_on_where_the_other_was(engine: Engine, connection: Connection) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -960,3 +961,53 @@ def test_a_plan_that_was_edited_is_followed_and_what_it_leaves_out_is_counted_an
     assert rekey_values(operator, targets).is_complete
     with attacked.running():
         assert [attacked.number(1), attacked.number(2)] == [1, 2]
+
+
+GARBAGE_LISTS = ("MARKER", '{"MARKER": 1}', "[1]", "[" * 100_000)
+
+
+@authenticated("secret")
+@pytest.mark.parametrize("name", ["earlier_names", "row_identity"])
+def test_garbage_in_the_record_of_columns_stops_the_commands_that_go_by_it_and_no_process(
+    attacked: Attacked, name: str
+) -> None:
+    """A process that declares the column puts it right."""
+    key_id = rotated_away(attacked)
+    for garbage in GARBAGE_LISTS:
+        attacked.execute(f"UPDATE kms_columns SET {name} = :garbage", garbage=garbage)  # noqa: S608 - of this file
+        for command in (
+            lambda: disabled(attacked, key_id),
+            lambda: disabled(attacked, key_id, Base.metadata),
+            lambda: rekey_values(attacked.operator()),
+        ):
+            with pytest.raises(
+                errors.MalformedRowError, match=r"row of kms_columns for 'attacked_note\.content'"
+            ) as it:
+                command()
+            assert "MARKER" not in "".join(traceback.format_exception(it.value))
+        problems = status(attacked.engine, attacked.settings(), provider=attacked.provider).problems
+        assert [problem.error for problem in problems] == ["MalformedRowError"]
+        with attacked.running():
+            assert [attacked.number(1), attacked.number(2)] == [1, 2]
+            attacked.put(3)
+            attacked.execute("DELETE FROM attacked_note WHERE id = 3")
+        with pytest.raises(errors.KeyInUseError):
+            disabled(attacked, key_id)
+
+
+@authenticated("secret")
+@pytest.mark.parametrize("name", ["lower_bound", "upper_bound", "position"])
+def test_garbage_in_the_plan_of_a_rekey_ends_it_in_an_error_of_this_library_until_the_plan_is_cleared(
+    attacked: Attacked, name: str
+) -> None:
+    rotated_away(attacked)
+    operator, targets = attacked.operator(), Targets(Base.metadata)
+    plan(attacked.engine, declared(Base.metadata), operator.store.open(attacked.engine).keyring)
+    for garbage in (*GARBAGE_LISTS, "5", "[]", '["MARKER"]', "null"):
+        assert attacked.execute(f"UPDATE kms_rekeys SET {name} = :garbage", garbage=garbage) > 0  # noqa: S608
+        with pytest.raises(errors.MalformedRowError, match="kms_rekeys") as caught:
+            rekey_values(operator, targets)
+        assert "MARKER" not in "".join(traceback.format_exception(caught.value))
+        assert [attacked.key_of(1)] == [attacked.row("retired")["key_id"]]
+    attacked.execute("DELETE FROM kms_rekeys")
+    assert rekey_values(operator, targets).is_complete
