@@ -317,7 +317,7 @@ def provider_prefix(provider: str, prefix: str = PREFIX) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables that look like settings but are none.
+    """Return the variables that look like settings but are none, with escapes for all that is not printable ASCII.
 
     What Kubernetes sets for a service does not count, nor what is of a provider that an entry point adds: its own
     settings are looked at when it is made.
@@ -325,7 +325,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     known = known_variables()
     foreign = tuple(provider_prefix(name, prefix) for name in installed() for prefix in (PREFIX, STANDBY_PREFIX))
     return sorted(
-        name
+        ascii(name)[1:-1]  # as a name of no UTF-8 cannot be written to most logs
         for name in environment
         if (found := name.upper()).startswith(PREFIX)
         and found not in known

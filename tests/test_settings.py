@@ -495,6 +495,25 @@ def test_misspelt_name_is_refused_and_both_are_named(environment: Environment, w
     assert leaked(caught.value, MARKER) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("KRAVN_\udcff", "KRAVN_\\udcff"),
+        ("KRAVN_X\nERROR forged", "KRAVN_X\\nERROR forged"),
+        ("KRAVN_Ä", "KRAVN_\\xc4"),
+    ],
+    ids=["no UTF-8", "a line break", "no ASCII"],
+)
+def test_unknown_name_that_cannot_be_printed_is_escaped(
+    environment: Environment, caplog: pytest.LogCaptureFixture, name: str, shown: str
+) -> None:
+    environment({name: MARKER})
+    Settings.from_environment()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{shown} is no setting of this library and is ignored"
+    ]
+
+
 @pytest.mark.parametrize("name", ["KRAVN_COLOUR", "KRAVN_LOG_LEVEL", "KRAVN_", "KRAVN_SERVICE", "kravn_something_else"])
 def test_unknown_name_is_warned_of(environment: Environment, caplog: pytest.LogCaptureFixture, name: str) -> None:
     environment({name: MARKER})
