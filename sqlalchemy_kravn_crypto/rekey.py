@@ -30,6 +30,14 @@ from .stale_values import StaleValues
 DEFAULT_SHARDS: Final = 16
 """How many shards a column is planned in."""
 
+FOLLOWED: Final = 180.0
+"""For how many seconds after the first pass values are followed that come late under a retired key.
+
+That is the lease of a process by default: one that has not seen the new primary for so long writes nothing any more.
+"""
+
+_PAUSE: Final = 1.0  # seconds between passes that only follow
+
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
@@ -144,7 +152,8 @@ def rekey(  # noqa: PLR0913 - as above
     """Re-encrypt every stale value of columns to the primary, and tell what is left.
 
     Any number of processes may do so at once, and share the work. While stale values are left and the last pass has
-    replaced some, there is another. A column that cannot be reached is reported and does not keep the others waiting.
+    replaced some, there is another, until :data:`FOLLOWED` is over: who writes under a retired key for longer has to be
+    ended first. A column that cannot be reached is reported and does not keep the others waiting.
 
     :param shard: do a fixed share of the shards only, ``(3, 16)`` being the third of sixteen, in one pass; who does
         the last should count with :func:`census`.
@@ -161,6 +170,7 @@ def rekey(  # noqa: PLR0913 - as above
         if shard is not None:
             return _rekey_share(worker, reachable, unreachable, shards, shard)
         counts = Counts()
+        followed_until: float | None = None
         while True:
             done = worker.work(_planned(connection, reachable, worker.keyring(), shards))
             counts = Counts(counts.rekeyed, counts.conflicts) + done.counts
@@ -169,6 +179,12 @@ def rekey(  # noqa: PLR0913 - as above
             key_id = worker.keyring().primary_key_id
             left = {one.column.label: one.stale(key_id) for one in found.columns if one.stale(key_id)}
             if not done.counts.rekeyed or sum(left.values()) <= done.counts.unreadable:
+                break
+            if followed_until is None:
+                followed_until = clock() + FOLLOWED
+            elif clock() < followed_until:
+                sleep(_PAUSE)
+            else:
                 break
     beyond = {one.column: one for one in (*found.unreachable, *unreachable)}
     return RekeyResult(key_id, counts, done.unreadable, left, tuple(beyond.values()), found)

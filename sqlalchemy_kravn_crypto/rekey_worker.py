@@ -26,6 +26,7 @@ MOST_UNREADABLE: Final = 1000
 """How many values that do not decrypt are named; all are counted."""
 
 _POLL: Final = 0.1  # seconds between looks at what other workers have finished
+_PASSES: Final = 3  # through a shard, while rows are locked or change; what is left then is counted by the caller
 
 OnProgress = Callable[[Shard, Counts], None]
 """Called after every batch with what became of it."""
@@ -144,13 +145,13 @@ class Worker:
         values = self.values_of(claimed.shard)
         position = claimed.position
         counts = Counts()
-        while True:
+        for is_last in (*[False] * (_PASSES - 1), True):
             done, has_it = self._pass(claimed, values, None if position is None else values.keys.from_text(position))
             # What does not decrypt was counted by the pass before, too.
             counts = Counts(counts.rekeyed, counts.conflicts) + done.counts
             if not has_it:
                 break
-            if not (done.counts.conflicts and done.counts.rekeyed):
+            if is_last or not (done.counts.conflicts and done.counts.rekeyed):
                 finish(self.connection, claimed)
                 break
             # Who was faster or had a row locked may be done by now, so from the beginning.

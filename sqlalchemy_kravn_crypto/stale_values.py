@@ -13,7 +13,10 @@ from sqlalchemy import (
     Connection,
     Integer,
     Uuid,
+    and_,
     bindparam,
+    case,
+    cast,
     event,
     func,
     select,
@@ -24,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.types import NULLTYPE, LargeBinary
 
 from .bulk_update import BulkUpdate
+from .columns import TEXT
 from .key_ranges import Key, KeyColumns
 from .known_columns import Located
 from .rows import OWN_TABLES
@@ -87,11 +91,27 @@ class StaleValues:
     def _reading(self, conditions: Sequence[ColumnElement[bool]]) -> Any:
         key = self.keys.columns
         return (
-            select(*key, type_coerce(self._located.value, NULLTYPE), *self._located.identity)
+            select(*key, type_coerce(self._readable(), NULLTYPE), *self._located.identity)
             .where(*conditions)
             .order_by(*key)
             .limit(bindparam("kravn_limit", type_=Integer()))
         )
+
+    def _readable(self) -> ColumnElement[Any]:
+        """Return the value, in a way that the driver does not stumble over what is no value.
+
+        Python's driver of SQLite ends a query with an error where text is no UTF-8. Of what is no frame in any case,
+        something else is selected that is none either.
+        """
+        value = self._located.value
+        if self._dialect != "sqlite":
+            return value
+        is_text = func.typeof(value) == "text"
+        if self._located.known.storage != TEXT:
+            return case((is_text, "text"), else_=type_coerce(value, NULLTYPE))
+        octets = cast(value, LargeBinary)
+        is_ascii = and_(value.op("NOT GLOB")("*[^ -~]*"), func.length(value) == func.length(octets))  # GLOB ends at NUL
+        return case((and_(is_text, is_ascii), type_coerce(value, NULLTYPE)), else_=octets)
 
     def count(self, connection: Connection) -> int:
         """Return how many there are."""

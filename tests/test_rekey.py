@@ -33,7 +33,7 @@ from sqlalchemy_kravn_crypto.context import publish
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.known_columns import KnownColumn, declared
 from sqlalchemy_kravn_crypto.ledger import Counts, Shard
-from sqlalchemy_kravn_crypto.rekey import RekeyResult, plan, rekey, rekey_shard
+from sqlalchemy_kravn_crypto.rekey import FOLLOWED, RekeyResult, plan, rekey, rekey_shard
 from sqlalchemy_kravn_crypto.rekey_worker import UnreadableValue
 from sqlalchemy_kravn_crypto.schema import TABLES
 from tests.rekeying import (
@@ -368,6 +368,62 @@ def test_who_writes_late_under_an_old_key_is_followed(engine: Engine) -> None:
     assert payloads(ONLY_NEW, contents(engine, table))[:3] == [b"late", b"late", b"2"]
 
 
+class Clock:
+    """A clock that goes while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_who_writes_under_an_old_key_without_an_end_is_followed_for_a_lease_and_no_longer(engine: Engine) -> None:
+    """What is left is then said, and done by the next run once the writer has been ended."""
+    table, clock = table_of(engine), Clock()
+    fill(engine, table, [stored(OLD, b"x")])
+    passes = []
+
+    def write(_shard: Shard, _counts: Counts) -> None:
+        passes.append(clock.now)
+        with engine.begin() as connection:
+            connection.execute(update(table).values(secret=stored(OLD, b"late")))
+
+    result = rekey(engine, NEW, [known_column()], clock=clock, sleep=clock.sleep, on_progress=write)
+    assert result.left == {"a.secret": 1}
+    assert not result.is_complete
+    assert passes[:3] == [0.0, 0.0, 1.0]
+    assert passes[-1] == FOLLOWED == len(passes) - 2
+    assert rekey(engine, NEW, [known_column()]).is_complete
+
+
+def test_rows_that_change_without_an_end_keep_no_worker_at_one_shard(engine: Engine) -> None:
+    table = table_of(engine)
+    fill(engine, table, [stored(OLD, b"0"), stored(OLD, b"1")])
+    [shard] = plan(engine, [known_column()], NEW, shards=1)
+
+    def write(number: int) -> None:
+        with engine.begin() as connection:
+            connection.execute(update(table).where(table.c.id == number).values(secret=stored(OLD, b"late")))
+
+    def while_encrypting() -> None:
+        write(0)
+        keyring.meanwhile = while_encrypting
+
+    def after_batch(_shard: Shard, counts: Counts) -> None:
+        seen.append(counts)
+        write(1)
+
+    keyring, seen = WatchedKeyring(NEW_KEY, [OLD_KEY], while_encrypting), list[Counts]()
+    result = rekey_shard(engine, keyring, shard, on_progress=after_batch)
+    assert seen == [Counts(rekeyed=1, conflicts=1)] * 3
+    assert result.counts == Counts(rekeyed=3, conflicts=3)
+    assert rekey(engine, NEW, [known_column()]).is_complete
+
+
 # --- What does not decrypt -------------------------------------------------------------------------------------------
 
 
@@ -417,6 +473,19 @@ def test_text_that_is_no_frame_is_unreadable_in_either_storage(sqlite: Engine) -
         ("b.secret", (2,)),
     ]
     assert result.left == {"a.secret": 1, "b.secret": 2}
+
+
+@pytest.mark.parametrize("octets", ["ff", "61ff", "6100ff", "", "c3a4", "656e633a76333a2d5149ff"])
+@pytest.mark.parametrize("storage", ["binary", "text"])
+def test_text_that_is_no_utf_8_is_unreadable_like_other_garbage(sqlite: Engine, storage: str, octets: str) -> None:
+    table = table_of(sqlite, storage)
+    fill(sqlite, table, [stored(OLD, b"good", storage), None, stored(OLD, b"good", storage)])
+    with sqlite.begin() as connection:
+        connection.execute(text(f"UPDATE a SET secret = CAST(x'{octets}' AS TEXT) WHERE id = 1"))  # noqa: S608
+    result = rekey(sqlite, NEW, [known_column(storage)])
+    assert result.counts == Counts(rekeyed=2, unreadable=1)
+    assert [(one.key, one.error) for one in result.unreadable] == [((1,), "MalformedCiphertextError")]
+    assert result.left == {"a.secret": 1}
 
 
 def test_a_thousand_are_named_and_all_are_counted(sqlite: Engine) -> None:
