@@ -44,13 +44,14 @@ function decrypt(frame, keys, names, row) {
   need(name !== undefined, "WrongColumnError");
   const nonce = frame.subarray(12, 36);
   const cipher = createDecipheriv("aes-256-gcm", xaesSubkey(expand(key, "aead/02"), nonce), nonce.subarray(12));
-  cipher.setAAD(Buffer.concat([frame.subarray(0, 12), lp(name), row ? lp(lp(...row)) : Buffer.alloc(0)])).setAuthTag(frame.subarray(-16));
+  const identity = row ? [lp(lp(...row))] : [];
+  cipher.setAAD(Buffer.concat([frame.subarray(0, 12), lp(name), ...identity])).setAuthTag(frame.subarray(-16));
   const payload = cipher.update(frame.subarray(36, -16));
   attempt(() => cipher.final(), Error, "AuthenticationError");
   return payload;
 }
-const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-const utf8 = (bytes) => attempt(() => decoder.decode(bytes), TypeError);
+const STRICT = { fatal: true, ignoreBOM: true };
+const utf8 = (bytes) => attempt(() => new TextDecoder("utf-8", STRICT).decode(bytes), TypeError);
 const among = (known, value) => (need(known.includes(value)), value);
 const sized = (bytes, length) => (need(bytes.length === length), bytes);
 const ascii = (bytes, pattern) => need(pattern.exec(bytes.toString("latin1")));
@@ -70,8 +71,7 @@ function json(bytes) {
     need(/^-?[0-9]+$/.test(source) || Number.isFinite(value));
     return JSON.rawJSON(source);
   };
-  const text = utf8(bytes);
-  return attempt(() => JSON.stringify(JSON.parse(text, part)), SyntaxError);
+  return attempt(() => JSON.stringify(JSON.parse(utf8(bytes), part)), SyntaxError);
 }
 function bigInteger(bytes) {
   const [text] = ascii(bytes, /^-?[1-9][0-9]*$/);
@@ -129,8 +129,8 @@ const READERS = {
 
 function open(entry, stored, frameOf) {
   try {
-    const keys = (entry.keys ?? [entry.key]).map(fromHex);
-    const payload = decrypt(frameOf(stored), keys, [entry.name, ...(entry.earlier_names ?? [])], entry.row);
+    const [keys, earlier] = [entry.keys ?? [entry.key], entry.earlier_names ?? []];
+    const payload = decrypt(frameOf(stored), keys.map(fromHex), [entry.name, ...earlier], entry.row);
     const read = need(READERS[entry.type ?? "json"][payload[0]]);
     return { payload: payload.toString("hex"), value: String(read(payload.subarray(1))) };
   } catch (error) {
