@@ -11,9 +11,9 @@ PATIENCE: Final = 30.0
 """Seconds that something may take which is certain to come."""
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
     """Wait for what is certain to come; a test that waits in vain fails."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
