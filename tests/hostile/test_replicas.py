@@ -2,30 +2,50 @@
 
 16. Twelve processes provision at once, and whoever holds the lock is killed while it asks the KMS, one after the other:
     one key, which all that are left agree on, and a wrap for each that was killed at most.
+17. Processes that never look at the key store by themselves write while a key is replaced, re-encrypted and destroyed.
+    With a fence they write nothing under a retired key, and lose nothing. Without one, that key is not taken away.
 """
 
 import os
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Final
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine
+from sqlalchemy import Engine, LargeBinary, NullPool, create_engine, func, select, type_coerce
+from sqlalchemy.orm import Session
 
+from sqlalchemy_kravn_crypto import exceptions as errors
+from sqlalchemy_kravn_crypto import use_keyring
+from sqlalchemy_kravn_crypto.changes import Operator
+from sqlalchemy_kravn_crypto.ciphertext import parse
+from sqlalchemy_kravn_crypto.configuration import operator as operator_of
 from sqlalchemy_kravn_crypto.events import read_events
 from sqlalchemy_kravn_crypto.keystore import KeyStore
+from sqlalchemy_kravn_crypto.ledger import Counts, Shard
+from sqlalchemy_kravn_crypto.lifecycle import Targets, destroy, disable, enable, promote, rekey_values, rotate
 from sqlalchemy_kravn_crypto.migrate import migrate
+from sqlalchemy_kravn_crypto.rekey import RekeyResult
+from sqlalchemy_kravn_crypto.rekey_worker import OnProgress
 from sqlalchemy_kravn_crypto.rows import connect, read_rows
+from sqlalchemy_kravn_crypto.settings import Settings
+from tests.database_clock import DatabaseClock
 from tests.hostile.gate import PLACES, Gate
+from tests.hostile.stale_writer import ROWS, Base, StaleWriter, Tally
 from tests.openbao import OpenBao
+from tests.processes import wait_until
 from tests.race import PATIENCE, SECRET, lock_holder, outcome, replicas, vault
 from tests.race_worker import Base as RaceBase
 
 ASKED_UNDER_THE_LOCK: Final = 3
 """How often the KMS is asked by who makes the key: to wrap, to unwrap, and to unwrap under a wrong binding."""
+
+ROTATIONS: Final = 3
+LEASE: Final = 1200.0
 
 
 # --- 16 --------------------------------------------------------------------------------------------------------------
@@ -77,3 +97,200 @@ def test_16_whoever_holds_the_lock_is_killed_while_it_asks_the_kms_and_the_rest_
         trail = read_events(connection, rows.in_control().events_hash)
     assert [event.action for event in trail] == (["provision", "adopt"] if is_adopted else ["provision"])
     engine.dispose()
+
+
+# --- 17 --------------------------------------------------------------------------------------------------------------
+
+
+class Leap:
+    """A clock that goes a minute ahead with every wait, so that what is bounded by time is over after a few."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        return self._now
+
+    def sleep(self, _seconds: float) -> None:
+        self._now += 60
+
+
+class Stale:
+    """A deployment with a KMS, whose processes hold it no more often than they must, and whose clock goes if told to.
+
+    Their own clocks go as always: to the database, a process is dead as soon as it pleases the test, and yet writes.
+    """
+
+    def __init__(self, url: str, openbao: OpenBao, fence: str) -> None:
+        key = f"stale-{uuid.uuid4().hex[:12]}"
+        openbao.create_key(key)
+        self.clock = DatabaseClock(url)
+        self.engine = self.clock.connected(poolclass=NullPool)
+        self.variables = {
+            "LOOK_INTERVAL": "600",
+            "LEASE": str(LEASE),
+            "FENCE": fence,
+            "KMS_PROVIDER": "vault",
+            "KMS_VAULT_ADDR": openbao.address,
+            "KMS_VAULT_TOKEN": openbao.issue_token(key),
+            "KMS_VAULT_KEY": key,
+        }
+        settings = Settings(**{name.lower(): value for name, value in self.variables.items()})
+        self.operator: Operator = operator_of(self.engine, settings)
+        migrate(self.engine)
+        Base.metadata.create_all(self.engine)
+        keyring = self.operator.store.open(self.engine).keyring
+        with use_keyring(keyring), Session(self.engine) as session:
+            session.add_all(Tally(id=row, version=0, content={"count": 0}) for row in range(ROWS))
+            session.commit()
+        self.targets = Targets(Base.metadata)
+
+    def primary(self) -> str:
+        return self.operator.store.open(self.engine).keyring.primary_key_id
+
+    def promote_new(self) -> str:
+        """Make a new key the primary without regard to anybody, and return which one was it before."""
+        before = self.primary()
+        rotate(self.operator)
+        promote(self.operator, force=True)
+        return before
+
+    def rekey(self, on_progress: OnProgress | None = None) -> RekeyResult:
+        leap = Leap()
+        return rekey_values(self.operator, self.targets, on_progress=on_progress, clock=leap, sleep=leap.sleep)
+
+    def disable(self, key_id: str) -> None:
+        disable(self.operator, key_id, targets=self.targets, sleep=self.clock.pass_)
+
+    def destroy(self, key_id: str) -> None:
+        destroy(self.operator, key_id, reason="its time", backups_expired=True, after_days=0, targets=self.targets)
+
+    def frames_under(self, key_id: str) -> set[bytes]:
+        with self.engine.connect() as connection:
+            frames = connection.scalars(select(type_coerce(Tally.content, LargeBinary))).all()
+        return {frame for frame in frames if parse(frame).key_id.hex() == key_id}
+
+    def changes(self) -> int:
+        with self.engine.connect() as connection:
+            return connection.scalars(select(func.sum(Tally.version))).one()
+
+    def wait_for_changes(self) -> None:
+        """Wait until every row has been changed since, as rows are changed in turn."""
+        goal = self.changes() + 6 * ROWS
+        wait_until(lambda: self.changes() >= goal, PATIENCE)
+
+    def check(self, writers: Sequence[StaleWriter]) -> None:
+        """See that each row counts what the processes say that they committed."""
+        with use_keyring(self.operator.store.open(self.engine).keyring), Session(self.engine) as session:
+            tallies = session.scalars(select(Tally)).all()
+            found = {tally.id: (tally.version, tally.content["count"]) for tally in tallies if tally.id < ROWS}
+        said = [sum(writer.counted[row] for writer in writers) for row in range(ROWS)]
+        assert min(said) > 0
+        assert found == {row: (count, count) for row, count in enumerate(said)}
+
+
+@pytest.fixture
+def stale(postgres_url: str, openbao: OpenBao, fence: str) -> Iterator[Stale]:
+    made = Stale(postgres_url, openbao, fence)
+    yield made
+    made.engine.dispose()
+    made.clock.dispose()
+
+
+@pytest.fixture
+def writers(stale: Stale, postgres_url: str, ways: list[str]) -> Iterator[list[StaleWriter]]:
+    with ExitStack() as stack:
+        made = []
+        for _ in range(2):
+            made.append(StaleWriter(postgres_url, stale.variables, ways))
+            stack.callback(made[-1].kill)
+        yield made
+
+
+@pytest.mark.parametrize(("fence", "ways"), [("transaction", ["orm", "core", "blindly"])], ids=["transaction"])
+def test_17_with_a_fence_who_never_looks_writes_nothing_under_a_retired_key(
+    stale: Stale, writers: list[StaleWriter]
+) -> None:
+    retired = []
+    for _ in range(ROTATIONS):
+        stale.wait_for_changes()
+        key_id = stale.promote_new()
+        left = stale.frames_under(key_id)
+        stale.wait_for_changes()
+        assert stale.frames_under(key_id) <= left
+        # A row that is locked at the moment is left, and done by the next.
+        wait_until(lambda: stale.rekey().is_complete, PATIENCE)
+        assert stale.frames_under(key_id) == set()
+        stale.disable(key_id)
+        stale.wait_for_changes()
+        stale.destroy(key_id)
+        stale.wait_for_changes()
+        retired.append(key_id)
+    for writer in writers:
+        writer.stop()
+        assert sum(writer.refused.values()) <= ROTATIONS, writer.refused
+    assert [stale.frames_under(key_id) for key_id in retired] == [set()] * ROTATIONS
+    stale.check(writers)
+
+
+@pytest.mark.parametrize(("fence", "ways"), [("lease", ["blindly"])], ids=["lease"])
+def test_17_without_a_fence_a_key_that_who_never_looks_writes_under_is_not_taken_away(
+    stale: Stale, writers: list[StaleWriter]
+) -> None:
+    stale.wait_for_changes()
+    before = stale.primary()
+    rotate(stale.operator)
+    with pytest.raises(errors.ReplicasBehindError):
+        promote(stale.operator)
+    promote(stale.operator, force=True)
+
+    # Whoever re-encrypts meanwhile comes to an end, and says that it is not done.
+    batches = []
+
+    def write_more(_shard: Shard, counts: Counts) -> None:
+        batches.append(counts)
+        assert len(batches) < 20 * ROWS
+        stale.wait_for_changes()
+
+    result = stale.rekey(write_more)
+    assert result.left == {"stale_tally.content": ROWS}
+    assert result.counts.rekeyed > ROWS
+    with pytest.raises(errors.ReplicasBehindError):
+        stale.disable(before)
+
+    # To the database, all of them are dead now; they write nevertheless.
+    stale.clock.pass_(LEASE + 1)
+    stale.wait_for_changes()
+    with pytest.raises(errors.KeyInUseError, match="values are under"):
+        stale.disable(before)
+    with pytest.raises(errors.WrongStateError):
+        stale.destroy(before)
+
+    # What is not committed when values are counted is waited for.
+    held, other = writers
+    other.stop()
+    held.hold("commit")
+    wait_until(lambda: stale.rekey().is_complete, PATIENCE)
+    with pytest.raises(errors.KeyInUseError, match="still are"):
+        stale.disable(before)
+    held.go_on()
+    held.hold("before_cursor_execute")
+    assert stale.frames_under(before) != set()
+    with pytest.raises(errors.KeyInUseError, match="values are under"):
+        stale.disable(before)
+    assert stale.rekey().is_complete
+
+    # Of a value that the database has not seen yet, nobody knows; when it comes, the key can still be brought back.
+    stale.disable(before)
+    held.go_on()
+    with pytest.raises(errors.KeyInUseError, match="values are under"):
+        stale.destroy(before)
+    held.stop()
+    enable(stale.operator, before)
+    assert stale.rekey().is_complete
+    stale.disable(before)
+    stale.destroy(before)
+    assert stale.frames_under(before) == set()
+    for writer in writers:
+        assert writer.refused == {}
+    stale.check(writers)
