@@ -28,7 +28,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.exc import NoSuchTableError, OperationalError
 from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 
 from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_key_prefix
@@ -340,6 +340,11 @@ def located(connection: Connection, known: KnownColumn) -> Located:
         present = {found["name"]: found for found in inspector.get_columns(known.table, schema=schema)}
         key = inspector.get_pk_constraint(known.table, schema=schema)["constrained_columns"]
     except NoSuchTableError:
+        missing = True
+    except OperationalError:
+        # To SQLite a schema is a database, and one that is not there an error of its own.
+        if connection.dialect.name != "sqlite" or schema in inspector.get_schema_names():
+            raise
         missing = True
     needed = {known.column, *(one.name for one in known.row_identity)}
     if missing or not needed <= present.keys():

@@ -296,13 +296,16 @@ def progress(connection: Connection) -> list[Progress]:
     statement = select(*place, _C.key_id, *sums, *shards).group_by(*place, _C.key_id).order_by(*place, _C.key_id)
     found = connection.execute(statement, execution_options=OWN_TABLES).all()
     try:
-        return [
-            Progress(".".join(part for part in (schema, table, column) if part), key_id, *map(int, numbers))
-            for schema, table, column, key_id, *numbers in found
-        ]
+        return [_progress(*row) for row in found]
     except (ArithmeticError, TypeError, ValueError):  # SQLite keeps any value in any column
         pass
     raise _malformed()
+
+
+def _progress(schema: str, table: str, column: str, key_id: Any, *numbers: int) -> Progress:
+    if not isinstance(key_id, str):
+        raise TypeError
+    return Progress(".".join(filter(None, (schema, table, column))), key_id, *map(int, numbers))
 
 
 def _of(columns: Iterable[KnownColumn]) -> ColumnElement[bool]:

@@ -128,7 +128,7 @@ def forget_dead(connection: Connection, age: timedelta) -> int:
 def _each(rows: Iterable[Any], take: Callable[[Any], T]) -> list[T]:
     try:
         return [take(row) for row in rows]
-    except (ArithmeticError, AttributeError, TypeError, ValueError):  # SQLite keeps any value in any column
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
         pass
     raise MalformedRowError(
         "A row of kms_replicas is not one that this library writes. Find out who writes to the table, and clear it with"
@@ -136,7 +136,21 @@ def _each(rows: Iterable[Any], take: Callable[[Any], T]) -> list[T]:
     )
 
 
+_KINDS: Final[dict[str, Any]] = {
+    "replica_id": str,
+    "host": str,
+    "process_id": int,
+    "version": str,
+    "epoch": int,
+    "primary_key_id": str | None,
+    "lease": int | None,
+}
+"""Of what is taken as it is; for SQLite keeps any value in any column."""
+
+
 def _replica(row: dict[str, Any]) -> Replica:
+    if not all(isinstance(row[name], kind) for name, kind in _KINDS.items()):
+        raise TypeError
     lease = row["lease"] or 0
     seen_at = as_utc(row["seen_at"])
     return Replica(

@@ -22,6 +22,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
@@ -368,6 +369,28 @@ def test_what_is_not_there_is_unreachable(engine: Engine, missing: str) -> None:
     assert "a.secret" in str(caught.value)
     assert "forget-column" in str(caught.value)
     assert caught.value.__context__ is None
+
+
+def test_a_column_in_a_schema_that_is_not_there_is_unreachable(engine: Engine) -> None:
+    with engine.connect() as connection, pytest.raises(errors.ColumnUnreachableError, match="table is not") as caught:
+        located(connection, B)
+    assert "tenant.b.secret" in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_another_failure_of_the_database_is_no_missing_table() -> None:
+    """The schema is there, and what fails is something else."""
+    engine = create_engine("sqlite://")
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def _fail(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "table_xinfo" in statement or "table_info" in statement:
+            message = "statement"
+            raise OperationalError(message, None, Exception("disk I/O error"))
+
+    with engine.connect() as connection, pytest.raises(OperationalError, match="disk I/O error"):
+        located(connection, KnownColumn("main", "a", "secret", "binary", "a.secret"))
+    engine.dispose()
 
 
 def test_sees_what_mariadb_changes_by_itself(mariadb_url: str) -> None:

@@ -203,6 +203,15 @@ def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
             ledger.progress(connection)
 
 
+def test_progress_towards_what_is_no_key_is_none() -> None:
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        connection.exec_driver_sql("UPDATE kms_rekeys SET key_id = x'00'")
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+            ledger.progress(connection)
+
+
 def test_who_takes_over_goes_on_where_the_other_was(engine: Engine, connection: Connection) -> None:
     ledger.write_plan(connection, A, KEY, [], 1)
     dead = taken(connection, "dead")
