@@ -177,13 +177,13 @@ def _row(known: KnownColumn) -> _Row:
 def _parsed(row: _Row) -> KnownColumn:
     try:
         return KnownColumn(
-            _text(row.schema_name),
-            _text(row.table_name),
-            _text(row.column_name),
+            _identifier(row.schema_name),
+            _identifier(row.table_name),
+            _identifier(row.column_name),
             _STORAGES[row.storage],
             _text(row.name),
             tuple(map(_text, _listed(row.earlier_names))),
-            tuple(IdentityColumn(_text(name), Kind(kind)) for name, kind in _listed(row.row_identity)),
+            tuple(IdentityColumn(_identifier(name), Kind(kind)) for name, kind in _listed(row.row_identity)),
         )
     except (KeyError, RecursionError, TypeError, ValueError):
         pass
@@ -200,6 +200,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):  # SQLite keeps any value in any column
         raise TypeError
     return value
+
+
+def _identifier(value: Any) -> str:
+    if "\0" in _text(value):  # no database has such a name, and some drivers refuse the query
+        raise ValueError
+    return str(value)
 
 
 def _listed(stored: Any) -> list[Any]:

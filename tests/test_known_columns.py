@@ -21,6 +21,7 @@ from sqlalchemy import (
     insert,
     select,
     text,
+    update,
 )
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -242,6 +243,19 @@ def test_what_sqlite_keeps_in_a_column_of_text_is_told_apart_from_what_this_libr
         else:
             with pytest.raises(errors.MalformedRowError, match="row of kms_columns"):
                 recorded(connection)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", ["schema_name", "table_name", "column_name", "row_identity"])
+def test_a_name_that_no_database_has_is_told_apart(name: str) -> None:
+    engine = create_engine("sqlite://")
+    TABLES.columns.create(engine)
+    value = '[["i\\u0000d", "integer"]]' if name == "row_identity" else "MARKER\0"
+    with engine.begin() as connection:
+        record(connection, [A])
+        connection.execute(update(TABLES.columns).values({name: value}))
+        with pytest.raises(errors.MalformedRowError, match="row of kms_columns"):
+            recorded(connection)
     engine.dispose()
 
 
