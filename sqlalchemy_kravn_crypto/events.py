@@ -9,7 +9,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +31,7 @@ _GENESIS: Final = "0" * 64
 _DOMAIN: Final = b"sqlalchemy-kravn-crypto/event/v1"
 _NULL: Final = b"\xff\xff\xff\xff"  # no length that LP can write
 _MAX_NAME: Final = 255
+_LAST_ID: Final = 2**63 - 1
 _TEXTS: Final = ("actor", "host", "action", "key_id", "reason", "details", "previous_hash", "hash")
 
 
@@ -86,7 +87,7 @@ def append(  # noqa: PLR0913 - an event is what, by whom, about which key, why
     :raises AuditTrailError: if the newest event is not the one that the control row names.
     """
     newest_id, found_hash = _newest(connection)
-    if found_hash != newest_hash:
+    if found_hash != newest_hash or type(newest_id) is not int or newest_id >= _LAST_ID:
         raise _broken("its end is not the one that kms_keys names")
     values: dict[str, Any] = {
         "id": newest_id + 1,
@@ -186,19 +187,14 @@ def _event(values: dict[str, Any]) -> Event:
     return Event(**(values | {"details": details}))
 
 
-def _rows(connection: Connection) -> Iterator[dict[str, Any]]:
+def _rows(connection: Connection) -> list[dict[str, Any]]:
     statement = select(_EVENTS).order_by(_EVENTS.c.id)
     found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
-    rows: list[dict[str, Any]] = []
-    is_malformed = False
     try:
-        rows = [dict(row) for row in found]
-    except (TypeError, ValueError):  # on SQLite a time may be anything
-        is_malformed = True
-    if is_malformed or not all(isinstance(row["occurred_at"], datetime) for row in rows):
-        raise _broken("the time of an event is none")
-    for row in rows:
-        yield row | {"occurred_at": as_utc(row["occurred_at"])}
+        return [row | {"occurred_at": as_utc(row["occurred_at"])} for row in map(dict, found)]
+    except (AttributeError, OverflowError, TypeError, ValueError):  # on SQLite a time may be anything
+        pass
+    raise _broken("the time of an event is none")
 
 
 def _time(moment: datetime) -> str:

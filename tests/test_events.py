@@ -263,10 +263,19 @@ def test_the_trail_of_an_emptied_key_store_goes_on(running: Deployment) -> None:
     assert running.actions() == ["provision", "provision"]
 
 
-def test_a_time_that_is_none_is_an_altered_event(sqlite_deployment: Deployment) -> None:
+def test_nothing_follows_the_last_event_that_has_a_number(running: Deployment) -> None:
+    """The number of the newest event is not looked at with its hash, and the next one is made of it."""
+    with running.engine.begin() as connection:
+        connection.execute(text("UPDATE kms_events SET id = :id"), {"id": 2**63 - 1})
+    with pytest.raises(errors.AuditTrailError, match="end is not the one"):
+        rotate(running.operator())
+
+
+@pytest.mark.parametrize("time", ["MARKER", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
+def test_a_time_that_is_none_is_an_altered_event(sqlite_deployment: Deployment, time: str) -> None:
     """SQLite keeps any text as a time."""
     with sqlite_deployment.engine.begin() as connection:
-        connection.execute(text("UPDATE kms_events SET occurred_at = 'MARKER'"))
+        connection.execute(text("UPDATE kms_events SET occurred_at = :time"), {"time": time})
     with pytest.raises(errors.AuditTrailError, match="restore it from a backup") as caught:
         sqlite_deployment.events()
     assert caught.value.__context__ is None
