@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,9 @@ from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName, to_text
 from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, frame_of
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
-from tests.fuzz.targets import KEY, NAME, TARGETS, check
+from tests.fuzz.target import KEY
+from tests.fuzz.targets import TARGETS, check
+from tests.fuzz.values import NAME
 
 REGRESSIONS = Path(__file__).parent / "fuzz" / "regressions"
 FRAME = DataKey(KEY).encrypt(bytes(24), b"\x03" + bytes(range(128)) * 2, ColumnName(NAME))
@@ -46,6 +49,21 @@ def test_changed_seeds_are_handled(name: str, drawn: st.DataObject) -> None:
     at = drawn.draw(st.integers(0, len(seed)))
     put, dropped = drawn.draw(st.binary(max_size=8)), drawn.draw(st.integers(0, 8))
     check(TARGETS[name], seed[:at] + put + seed[at + dropped :])
+
+
+@pytest.mark.parametrize("name", sorted(name for name, target in TARGETS.items() if target.mutator is not None))
+def test_changes_by_structure_are_handled(name: str) -> None:
+    target, random = TARGETS[name], Random(1)
+    assert target.mutator is not None
+    seeds = target.seeds()
+    mutate = target.mutator(seeds)
+    changed = {data for data in (mutate(random.choice(seeds), random) for _ in range(60)) if data is not None}
+    assert len(changed) > 10
+    for data in sorted(changed):
+        check(target, data)
+
+
+# --- Every bit -------------------------------------------------------------------------------------------------------
 
 
 def refused(stored: bytes | str, storage: str) -> None:
