@@ -152,8 +152,9 @@ def rekey(  # noqa: PLR0913 - as above
     """Re-encrypt every stale value of columns to the primary, and tell what is left.
 
     Any number of processes may do so at once, and share the work. While stale values are left and the last pass has
-    replaced some, there is another, until :data:`FOLLOWED` is over: who writes under a retired key for longer has to be
-    ended first. A column that cannot be reached is reported and does not keep the others waiting.
+    replaced some, or was but the rest of an earlier one, there is another, until :data:`FOLLOWED` is over: who writes
+    under a retired key for longer has to be ended first. A column that cannot be reached is reported and does not keep
+    the others waiting.
 
     :param shard: do a fixed share of the shards only, ``(3, 16)`` being the third of sixteen, in one pass; who does
         the last should count with :func:`census`.
@@ -172,13 +173,17 @@ def rekey(  # noqa: PLR0913 - as above
         counts = Counts()
         followed_until: float | None = None
         while True:
-            done = worker.work(_planned(connection, reachable, worker.keyring(), shards))
+            current = worker.keyring()
+            # Of an earlier plan, only the rest is done, and what is finished of it may have values left.
+            is_rest = bool(unfinished_shards(connection, reachable, current.primary_key_id))
+            done = worker.work(_planned(connection, reachable, current, shards))
             counts = Counts(counts.rekeyed, counts.conflicts) + done.counts
             found = census(connection, columns)
             connection.rollback()
             key_id = worker.keyring().primary_key_id
             left = {one.column.label: one.stale(key_id) for one in found.columns if one.stale(key_id)}
-            if not done.counts.rekeyed or sum(left.values()) <= done.counts.unreadable:
+            is_in_vain = not done.counts.rekeyed or sum(left.values()) <= done.counts.unreadable
+            if not left or (is_in_vain and not is_rest):
                 break
             if followed_until is None:
                 followed_until = clock() + FOLLOWED

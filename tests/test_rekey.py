@@ -32,7 +32,7 @@ from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto.context import publish
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.known_columns import KnownColumn, declared
-from sqlalchemy_kravn_crypto.ledger import Counts, Shard
+from sqlalchemy_kravn_crypto.ledger import Counts, Shard, claim, finish
 from sqlalchemy_kravn_crypto.rekey import FOLLOWED, RekeyResult, plan, rekey, rekey_shard
 from sqlalchemy_kravn_crypto.rekey_worker import UnreadableValue
 from sqlalchemy_kravn_crypto.schema import TABLES
@@ -49,6 +49,7 @@ from tests.rekeying import (
     known_column,
     opened,
     payloads,
+    ready,
     stored,
     table_of,
 )
@@ -422,6 +423,24 @@ def test_rows_that_change_without_an_end_keep_no_worker_at_one_shard(engine: Eng
     assert seen == [Counts(rekeyed=1, conflicts=1)] * 3
     assert result.counts == Counts(rekeyed=3, conflicts=3)
     assert rekey(engine, NEW, [known_column()]).is_complete
+
+
+@pytest.mark.parametrize(("first", "left"), [("stale", 0), ("garbage", 1)])
+def test_what_an_earlier_run_left_in_a_finished_shard_is_seen_again(engine: Engine, first: str, left: int) -> None:
+    """Somebody wrote it there late; that run was stopped before it came round again, and the rest of it is in vain."""
+    table = table_of(engine)
+    fill(engine, table, [stored(OLD, b"0") if first == "stale" else b"garbage", stored(OLD, b"1")])
+    shards = plan(engine, [known_column()], NEW, shards=2)
+    with ready(engine) as connection:
+        claimed = claim(connection, "stopped", shards[:1])
+        assert claimed is not None
+        assert finish(connection, claimed)
+        connection.execute(update(table).where(table.c.id == 1).values(secret=stored(NEW, b"1")))
+        connection.commit()
+    result = rekey(engine, NEW, [known_column()])
+    assert result.counts == Counts(rekeyed=1 - left, unreadable=left)
+    assert sum(result.left.values()) == left
+    assert [one.key for one in result.unreadable] == [(0,)] * left
 
 
 # --- What does not decrypt -------------------------------------------------------------------------------------------
