@@ -4,10 +4,17 @@
     one key, which all that are left agree on, and a wrap for each that was killed at most.
 17. Processes that never look at the key store by themselves write while a key is replaced, re-encrypted and destroyed.
     With a fence they write nothing under a retired key, and lose nothing. Without one, that key is not taken away.
+18. A process that re-encrypts is killed after each of its statements, while others change what it has read: whoever
+    begins anew gets to the same end. What is corrupt is named, and keeps the key from being disabled and destroyed.
+    That every other command, and the end of a process around commits, has the same outcome is in test_crashes.py.
 """
 
+import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +23,22 @@ from random import Random
 from typing import Final
 
 import pytest
-from sqlalchemy import Engine, LargeBinary, NullPool, create_engine, func, select, type_coerce
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    LargeBinary,
+    MetaData,
+    NullPool,
+    Table,
+    create_engine,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    type_coerce,
+)
 from sqlalchemy.orm import Session
 
 from sqlalchemy_kravn_crypto import exceptions as errors
@@ -32,20 +54,30 @@ from sqlalchemy_kravn_crypto.migrate import migrate
 from sqlalchemy_kravn_crypto.rekey import RekeyResult
 from sqlalchemy_kravn_crypto.rekey_worker import OnProgress
 from sqlalchemy_kravn_crypto.rows import connect, read_rows
+from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.settings import Settings
 from tests.database_clock import DatabaseClock
+from tests.hostile import mortal_rekey
 from tests.hostile.gate import PLACES, Gate
+from tests.hostile.mortal_rekey import CHANGED, Note
 from tests.hostile.stale_writer import ROWS, Base, StaleWriter, Tally
 from tests.openbao import OpenBao
 from tests.processes import wait_until
 from tests.race import PATIENCE, SECRET, lock_holder, outcome, replicas, vault
 from tests.race_worker import Base as RaceBase
+from tests.rekeying import let_leases_lapse
 
 ASKED_UNDER_THE_LOCK: Final = 3
 """How often the KMS is asked by who makes the key: to wrap, to unwrap, and to unwrap under a wrong binding."""
 
 ROTATIONS: Final = 3
 LEASE: Final = 1200.0
+
+STORED: Final = Table(
+    "mortal_note", MetaData(), Column("id", Integer), Column("clear", LargeBinary), Column("content", LargeBinary)
+)
+CORRUPT, EMPTY = 4, 5
+"""The ids of a row whose value does not decrypt, and of one without a value."""
 
 
 # --- 16 --------------------------------------------------------------------------------------------------------------
@@ -58,7 +90,7 @@ def gate(openbao: OpenBao) -> Iterator[Gate]:
     made.close()
 
 
-@pytest.mark.parametrize("seed", range(20), ids=lambda seed: f"seed-{seed}")
+@pytest.mark.parametrize("seed", range(16), ids=lambda seed: f"seed-{seed}")
 def test_16_whoever_holds_the_lock_is_killed_while_it_asks_the_kms_and_the_rest_agree_on_one_key(
     postgres_url: str, openbao: OpenBao, gate: Gate, tmp_path: Path, seed: int
 ) -> None:
@@ -73,7 +105,7 @@ def test_16_whoever_holds_the_lock_is_killed_while_it_asks_the_kms_and_the_rest_
     RaceBase.metadata.create_all(engine)
     if is_adopted:  # then the row that is the lock is there already
         KeyStore(provider=None, secret=SECRET, secret_file=tmp_path / "secret.key").open(engine)
-    killed = set[int]()
+    killed, holder = set[int](), 0
     with replicas(postgres_url, vault(openbao, gate.address, key), tmp_path) as started:
         for number, kill in enumerate(kills):
             gate.hold(*kill)
@@ -81,7 +113,7 @@ def test_16_whoever_holds_the_lock_is_killed_while_it_asks_the_kms_and_the_rest_
                 for replica in started:
                     replica.go()
             else:
-                os.kill(holder, signal.SIGKILL)  # noqa: F821
+                os.kill(holder, signal.SIGKILL)
             assert gate.is_holding.wait(PATIENCE)
             holder = lock_holder(engine)
             assert holder not in killed
@@ -294,3 +326,165 @@ def test_17_without_a_fence_a_key_that_who_never_looks_writes_under_is_not_taken
     for writer in writers:
         assert writer.refused == {}
     stale.check(writers)
+
+
+# --- 18 --------------------------------------------------------------------------------------------------------------
+
+
+class Mortal:
+    """A deployment in the middle of a rotation: a key has been promoted, and all values are under the one before."""
+
+    def __init__(self, url: str, openbao: OpenBao, directory: Path) -> None:
+        key = f"mortal-{uuid.uuid4().hex[:12]}"
+        openbao.create_key(key)
+        self.variables = {
+            "DATA_DIR": str(directory),
+            "LOOK_INTERVAL": "0.05",
+            "LEASE": "0.2",
+            "KMS_PROVIDER": "vault",
+            "KMS_VAULT_ADDR": openbao.address,
+            "KMS_VAULT_TOKEN": openbao.issue_token(key),
+            "KMS_VAULT_KEY": key,
+        }
+        self.url = url
+        self.engine = create_engine(url, poolclass=NullPool)
+        settings = Settings(**{name.lower(): value for name, value in self.variables.items()})
+        self.operator: Operator = operator_of(self.engine, settings)
+        self.targets = Targets(mortal_rekey.Base.metadata)
+        migrate(self.engine)
+        mortal_rekey.Base.metadata.create_all(self.engine)
+        keyring = self.operator.store.open(self.engine).keyring
+        self.retired = keyring.primary_key_id
+        with use_keyring(keyring), Session(self.engine) as session:
+            values = {number: f"value {number}".encode() for number in range(1, EMPTY)} | {EMPTY: None}
+            session.add_all(Note(id=number, clear=value, content=value) for number, value in values.items())
+            session.commit()
+        rotate(self.operator)
+        promote(self.operator, force=True)
+        self.keyring = self.operator.store.open(self.engine).keyring
+        self.corrupt = bytearray(self.frames()[CORRUPT])
+        self.corrupt[-1] ^= 1
+        self.put(CORRUPT, bytes(self.corrupt))
+        with self.engine.connect() as connection:
+            self._kept = [dict(row) for row in connection.execute(select(STORED)).mappings()]
+
+    def put(self, number: int, frame: bytes | None) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(STORED.update().where(STORED.c.id == number).values(content=frame))
+
+    def frames(self) -> dict[int, bytes]:
+        with self.engine.connect() as connection:
+            found = connection.execute(select(STORED.c.id, STORED.c.content).order_by(STORED.c.id)).all()
+        return {number: bytes(frame) for number, frame in found if frame is not None}
+
+    def bring_back(self) -> None:
+        """Have the values under the retired key again, and no plan."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(STORED))
+            connection.execute(insert(STORED), self._kept)
+            connection.execute(delete(TABLES.rekeys))
+
+    def wait_for_the_end(self) -> None:
+        """Wait until the database has seen that a process has gone, and has let go of what that one had locked."""
+        others = text(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+            "AND backend_type = 'client backend'"
+        )
+
+        def is_alone() -> bool:
+            with self.engine.connect() as connection:
+                found = connection.scalars(others).all()
+            return not found
+
+        if self.engine.dialect.name == "postgresql":
+            wait_until(is_alone)
+
+    def check(self) -> set[str]:
+        """See that each value is the one that was written last, and return the keys that values are under."""
+        frames = self.frames()
+        assert frames.pop(CORRUPT) == bytes(self.corrupt)
+        with use_keyring(self.keyring), Session(self.engine) as session:
+            notes = session.execute(select(Note.id, Note.clear, Note.content).where(Note.id != CORRUPT)).all()
+        assert [number for number, _, _ in sorted(notes)] == [1, 2, 3, EMPTY]
+        assert all(clear == content for _, clear, content in notes)
+        return {parse(frame).key_id.hex() for frame in frames.values()}
+
+    def state(self) -> tuple[object, ...]:
+        """Return what is committed, but for random values and times."""
+        plan = TABLES.rekeys.c
+        numbers = plan.shard, plan.lower_bound, plan.position, plan.rows_seen, plan.rekeyed, plan.conflicts
+        times = plan.leased_until.is_not(None), plan.finished_at.is_not(None)
+        with self.engine.connect() as connection:
+            clear = connection.execute(select(STORED.c.id, STORED.c.clear).order_by(STORED.c.id)).all()
+            planned = connection.execute(select(*numbers, *times).order_by(plan.shard)).all()
+        under = [parse(frame).key_id for number, frame in self.frames().items() if number != CORRUPT]
+        return (*map(tuple, clear), *map(tuple, planned), *under)
+
+    def rekey(self) -> RekeyResult:
+        """Re-encrypt everything, and wait for nobody who was killed."""
+        return rekey_values(self.operator, self.targets, sleep=lambda _: let_leases_lapse(self.engine))
+
+
+@pytest.fixture
+def mortal(database_url: str, openbao: OpenBao, tmp_path: Path) -> Iterator[Mortal]:
+    made = Mortal(database_url, openbao, tmp_path)
+    yield made
+    made.engine.dispose()
+
+
+def test_18_whoever_begins_anew_after_a_kill_at_any_statement_gets_to_the_same_end(mortal: Mortal) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.hostile.mortal_rekey", mortal.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=inherited | {f"KRAVN_{name}": value for name, value in mortal.variables.items()},
+        text=True,
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        met = set[tuple[object, ...]]()
+        for statement in itertools.count():
+            mortal.bring_back()
+            program.stdin.write(f"{statement}\n")
+            program.stdin.flush()
+            answer = program.stdout.readline().strip()
+            mortal.wait_for_the_end()
+            mortal.check()
+            if answer != "killed" and statement > 0:
+                break
+            # Whoever begins anew sees what is committed, and nothing else: once for each state is enough.
+            state = mortal.state()
+            if state not in met:
+                met.add(state)
+                resumed = mortal.rekey()
+                assert (resumed.left, resumed.counts.unreadable) == ({"mortal_note.content": 1}, 1)
+                assert mortal.check() == {mortal.keyring.primary_key_id}
+                after = mortal.frames()
+                assert mortal.rekey().counts.rekeyed == 0
+                assert mortal.frames() == after
+    whole = json.loads(answer)
+    assert (whole["rekeyed"], whole["conflicts"], whole["unreadable_count"]) == (2, 2, 1)
+    assert [one["key"] for one in whole["unreadable"]] == [[str(CORRUPT)]]
+    assert len(met) > 5 * len(CHANGED)
+
+
+def test_18_a_value_that_does_not_decrypt_keeps_its_key_from_being_disabled_and_destroyed(mortal: Mortal) -> None:
+    result = mortal.rekey()
+    assert not result.is_complete
+    assert [(one.key, one.error) for one in result.unreadable] == [((CORRUPT,), "AuthenticationError")]
+    with pytest.raises(errors.KeyInUseError, match="1 values are under"):
+        disable(mortal.operator, mortal.retired, targets=mortal.targets)
+    mortal.put(CORRUPT, None)
+    disable(mortal.operator, mortal.retired, targets=mortal.targets)
+    mortal.put(CORRUPT, bytes(mortal.corrupt))  # as of a backup
+    with pytest.raises(errors.KeyInUseError, match="1 values are under"):
+        destroy(
+            mortal.operator,
+            mortal.retired,
+            reason="its time",
+            backups_expired=True,
+            after_days=0,
+            targets=mortal.targets,
+        )
