@@ -21,7 +21,7 @@ from sqlalchemy import Connection, insert, select
 from .clock import as_utc, for_database, read_database_time
 from .derivation import length_prefixed
 from .exceptions import AuditTrailError
-from .rows import OWN_TABLES, StoredRows, read_rows
+from .rows import OWN_TABLES, StoredRows, decoded, read_rows
 from .schema import TABLES
 
 _EVENTS: Final = TABLES.events
@@ -113,7 +113,7 @@ def hash_of_newest(connection: Connection) -> str | None:
 
 def _newest(connection: Connection) -> tuple[int, str | None]:
     statement = select(_EVENTS.c.id, _EVENTS.c.hash).order_by(_EVENTS.c.id.desc()).limit(1)
-    newest = connection.execute(statement, execution_options=OWN_TABLES).first()
+    newest = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).first(), _no_text)
     return (0, None) if newest is None else (newest.id, newest.hash)
 
 
@@ -189,8 +189,8 @@ def _event(values: dict[str, Any]) -> Event:
 
 def _rows(connection: Connection) -> list[dict[str, Any]]:
     statement = select(_EVENTS).order_by(_EVENTS.c.id)
-    found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
     try:
+        found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(), _no_text)
         return [row | {"occurred_at": as_utc(row["occurred_at"])} for row in map(dict, found)]
     except (AttributeError, OverflowError, TypeError, ValueError):  # on SQLite a time may be anything
         pass
@@ -206,6 +206,10 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user need not have a name
         return "unknown"
+
+
+def _no_text() -> AuditTrailError:
+    return _broken("a text of an event is none")
 
 
 def _broken(what: str) -> AuditTrailError:

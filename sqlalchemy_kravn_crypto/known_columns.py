@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
@@ -35,7 +36,7 @@ from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_
 from .columns import BINARY, TEXT, EncryptedColumn
 from .exceptions import ColumnUnreachableError, MalformedRowError, UnsupportedDatabaseError
 from .row_identity import IdentityColumn, Kind, identity_text
-from .rows import OWN_TABLES
+from .rows import OWN_TABLES, decoded
 from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
 
@@ -132,7 +133,9 @@ def record(connection: Connection, columns: Iterable[KnownColumn]) -> None:
 
     :raises UnsupportedDatabaseError: if it is not known how this database inserts what another process may insert too.
     """
-    present = set(_stored(connection))
+    present: set[_Row] = set()
+    with suppress(MalformedRowError):
+        present = set(_stored(connection))
     # All in the same order, so that of two processes one waits for the other, and not each for the other.
     for known in sorted(set(columns)):
         row = _row(known)
@@ -165,7 +168,15 @@ _PLACE: Final = _Row._fields[:3]
 
 def _stored(connection: Connection) -> list[_Row]:
     statement = select(*(_COLUMNS.c[name] for name in _Row._fields))
-    return [_Row(*row) for row in connection.execute(statement, execution_options=OWN_TABLES)]
+    found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).all(), _no_text)
+    return [_Row(*row) for row in found]
+
+
+def _no_text() -> MalformedRowError:
+    return MalformedRowError(
+        "A text in kms_columns is none. Find out who writes to the table, and delete the row; the next process that "
+        "starts and declares the column writes it anew."
+    )
 
 
 def _row(known: KnownColumn) -> _Row:

@@ -35,7 +35,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from .clock import database_now
 from .exceptions import MalformedRowError
 from .known_columns import KnownColumn
-from .rows import OWN_TABLES
+from .rows import OWN_TABLES, decoded
 from .schema import TABLES
 
 LEASE: Final = timedelta(seconds=60)
@@ -153,7 +153,7 @@ def _shards(
     statement = _SHARDS.where(_of(by_place.values()), _C.key_id == key_id, condition).order_by(
         _C.schema_name, _C.table_name, _C.column_name, _C.shard
     )
-    found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
+    found = _all(connection, statement)
     return [_shard(by_place[row["schema_name"], row["table_name"], row["column_name"]], row) for row in found]
 
 
@@ -237,7 +237,7 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
         .with_for_update(skip_locked=True)
     )
     while True:
-        row = connection.execute(statement, execution_options=OWN_TABLES).mappings().first()
+        row = next(iter(_all(connection, statement)), None)
         if row is None:
             connection.rollback()
             return None
@@ -294,9 +294,9 @@ def progress(connection: Connection) -> list[Progress]:
     sums = (func.sum(_C[name]) for name in ("rows_total", "rows_seen", "rekeyed", "conflicts", "unreadable"))
     shards = func.count(), func.count(_C.shard) - func.count(_C.finished_at)
     statement = select(*place, _C.key_id, *sums, *shards).group_by(*place, _C.key_id).order_by(*place, _C.key_id)
-    found = connection.execute(statement, execution_options=OWN_TABLES).all()
+    found = _all(connection, statement)
     try:
-        return [_progress(*row) for row in found]
+        return [_progress(*row.values()) for row in found]
     except (ArithmeticError, TypeError, ValueError):  # SQLite keeps any value in any column
         pass
     raise _malformed()
@@ -306,6 +306,10 @@ def _progress(schema: str, table: str, column: str, key_id: Any, *numbers: int) 
     if not isinstance(key_id, str):
         raise TypeError
     return Progress(".".join(filter(None, (schema, table, column))), key_id, *map(int, numbers))
+
+
+def _all(connection: Connection, statement: Any) -> Sequence[Any]:
+    return decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(), _malformed)
 
 
 def _of(columns: Iterable[KnownColumn]) -> ColumnElement[bool]:

@@ -6,17 +6,17 @@ import math
 import os
 import socket
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from .clock import as_utc, database_now
 from .exceptions import MalformedRowError
-from .rows import OWN_TABLES
+from .rows import OWN_TABLES, decoded
 from .schema import TABLES
 
 T = TypeVar("T")
@@ -100,8 +100,7 @@ def read_replicas(connection: Connection) -> list[Replica]:
     :raises MalformedRowError: if a row is not one that this library writes.
     """
     statement = select(_REPLICAS, database_now().label("now")).order_by(_REPLICAS.c.started_at, _REPLICAS.c.replica_id)
-    found = connection.execute(statement, execution_options=OWN_TABLES).mappings()
-    return _each(found, lambda row: _replica(dict(row)))
+    return _each(connection, statement, lambda row: _replica(dict(row._mapping)))  # noqa: SLF001 - public by its docs
 
 
 def live_replicas(connection: Connection) -> list[Replica]:
@@ -115,22 +114,24 @@ def forget_dead(connection: Connection, age: timedelta) -> int:
     :raises MalformedRowError: if a row is not one that this library writes.
     """
     statement = select(_REPLICAS.c.replica_id, _REPLICAS.c.seen_at, database_now().label("now"))
-    silent_for = _each(
-        connection.execute(statement, execution_options=OWN_TABLES),
-        lambda row: (row.replica_id, as_utc(row.now) - as_utc(row.seen_at)),
-    )
+    silent_for = _each(connection, statement, lambda row: (row.replica_id, as_utc(row.now) - as_utc(row.seen_at)))
     dead = [replica_id for replica_id, silence in silent_for if silence > age]
     if dead:
         connection.execute(delete(_REPLICAS).where(_REPLICAS.c.replica_id.in_(dead)), execution_options=OWN_TABLES)
     return len(dead)
 
 
-def _each(rows: Iterable[Any], take: Callable[[Any], T]) -> list[T]:
+def _each(connection: Connection, statement: Select[Any], take: Callable[[Any], T]) -> list[T]:
     try:
-        return [take(row) for row in rows]
+        found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).all(), _malformed)
+        return [take(row) for row in found]
     except (ArithmeticError, AttributeError, TypeError, ValueError):
         pass
-    raise MalformedRowError(
+    raise _malformed()
+
+
+def _malformed() -> MalformedRowError:
+    return MalformedRowError(
         "A row of kms_replicas is not one that this library writes. Find out who writes to the table, and clear it with"
         " DELETE FROM kms_replicas; then wait for a lease, in which every process leaves its row again."
     )

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from .base64_text import from_base64, to_base64
 from .clock import database_now
 from .derivation import KEY_ID_SIZE, key_id_of, length_prefixed
 from .exceptions import (
+    KeyStoreError,
     KeyStoreLockedError,
     MalformedRowError,
     RowAuthenticationError,
@@ -26,6 +27,8 @@ from .exceptions import (
 )
 from .schema import CONTROL_ROW_ID, TABLES, State
 from .secrecy import KeepsSecret
+
+T = TypeVar("T")
 
 KEYRING: Final = "default"
 """The name of the one keyring of a process."""
@@ -37,6 +40,9 @@ _NULL: Final = b"\xff\xff\xff\xff"  # no length that LP can write, so NULL is no
 _POSTGRESQL_LOCK_NOT_AVAILABLE: Final = "55P03"
 _SQLITE_BUSY: Final = 5
 _MYSQL_LOCK_WAIT_TIMEOUT: Final = 1205
+
+_NOT_UTF8: Final = "Could not decode to UTF-8"
+"""How Python's driver for SQLite says it, with the text behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +230,19 @@ def connect(engine: Engine) -> Iterator[Connection]:
         yield connection.execution_options(**OWN_TABLES)
 
 
+def decoded(read: Callable[[], T], malformed: Callable[[], KeyStoreError]) -> T:
+    """Return what is read from our own tables.
+
+    :param malformed: returns what to raise if SQLite has text there that is no UTF-8, which its driver gives to nobody.
+    """
+    try:
+        return read()
+    except OperationalError as error:
+        if _NOT_UTF8 not in str(error.orig):
+            raise
+    raise malformed()
+
+
 def read_rows(connection: Connection) -> StoredRows:
     """Read all rows, in one query.
 
@@ -257,9 +276,12 @@ def select_rows(connection: Connection) -> StoredRows:
 
     :raises MalformedRowError: if a row is not one that this library writes.
     """
-    result = connection.execute(select(_KEYS).order_by(_KEYS.c.id), execution_options=OWN_TABLES).mappings()
+    statement = select(_KEYS).order_by(_KEYS.c.id)
     try:
-        found = result.all()
+        found = decoded(
+            lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(),
+            lambda: MalformedRowError("A text in kms_keys is none. Restore the table from a backup."),
+        )
     except (TypeError, ValueError):  # on SQLite a time may be anything
         found = None
     if found is None:

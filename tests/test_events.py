@@ -271,6 +271,19 @@ def test_nothing_follows_the_last_event_that_has_a_number(running: Deployment) -
         rotate(running.operator())
 
 
+def test_text_that_is_no_utf8_is_an_altered_event(sqlite_deployment: Deployment) -> None:
+    """SQLite keeps it, and its driver does not return it."""
+    with sqlite_deployment.engine.begin() as connection:
+        connection.execute(text("UPDATE kms_events SET actor = CAST(x'ff' AS TEXT)"))
+    with pytest.raises(errors.AuditTrailError, match="restore it from a backup") as caught:
+        sqlite_deployment.events()
+    assert caught.value.__context__ is None
+    with sqlite_deployment.engine.begin() as connection:
+        connection.execute(text("UPDATE kms_events SET actor = 'a', hash = CAST(x'ff' AS TEXT)"))
+    with pytest.raises(errors.AuditTrailError, match="restore it from a backup"):
+        rotate(sqlite_deployment.operator())
+
+
 @pytest.mark.parametrize("time", ["MARKER", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
 def test_a_time_that_is_none_is_an_altered_event(sqlite_deployment: Deployment, time: str) -> None:
     """SQLite keeps any text as a time."""

@@ -565,6 +565,7 @@ GARBAGE = {
     "a time that is a number": "UPDATE kms_keys SET updated_at = 17, epoch = 99",
     "a key id that is bytes": "UPDATE kms_keys SET epoch = 99, key_id = CASE id WHEN 1 THEN NULL ELSE x'00' || id END",
     "a MAC that is none": "UPDATE kms_keys SET row_mac = 'ÄÖ', epoch = 99 WHERE id = 1",
+    "a text that is no UTF-8": "UPDATE kms_keys SET master_key = CAST(x'ff' AS TEXT), epoch = 99",
     "no control row": "DELETE FROM kms_keys WHERE id = 1",
     "no rows": "DELETE FROM kms_keys",
     "an unknown deployment": "UPDATE kms_keys SET deployment_id = 'MARKER', epoch = 99 WHERE id = 1",

@@ -765,6 +765,19 @@ def test_a_state_that_this_release_does_not_know_is_refused(sqlite_url: str, sto
     engine.dispose()
 
 
+def test_text_that_is_no_utf8_is_refused(sqlite_url: str, store: Any) -> None:
+    """SQLite keeps it, and its driver does not return it."""
+    engine = create_engine(sqlite_url)
+    TABLES.keys.metadata.create_all(engine)
+    store().open(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE kms_keys SET master_key = CAST(x'ff' AS TEXT) WHERE id = 2"))
+    with pytest.raises(errors.MalformedRowError, match="text in kms_keys") as caught:
+        store().open(engine)
+    assert caught.value.__context__ is None
+    engine.dispose()
+
+
 def test_a_database_whose_locks_are_not_known_is_refused(engine: Engine, store: Any) -> None:
     engine.dialect.name = "somedb"
     with pytest.raises(errors.UnsupportedDatabaseError, match="somedb"):

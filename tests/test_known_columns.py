@@ -246,6 +246,21 @@ def test_what_sqlite_keeps_in_a_column_of_text_is_told_apart_from_what_this_libr
     engine.dispose()
 
 
+def test_text_that_is_no_utf8_stops_nobody_who_declares_a_column() -> None:
+    """SQLite keeps it, and its driver does not return it."""
+    engine = create_engine("sqlite://")
+    TABLES.columns.create(engine)
+    with engine.begin() as connection:
+        record(connection, [A, B])
+        connection.exec_driver_sql("UPDATE kms_columns SET name = CAST(x'ff' AS TEXT) WHERE table_name = 'a'")
+        with pytest.raises(errors.MalformedRowError, match="text in kms_columns") as caught:
+            recorded(connection)
+        assert caught.value.__context__ is None
+        record(connection, [A])
+        assert recorded(connection) == [A, B]
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", ["schema_name", "table_name", "column_name", "row_identity"])
 def test_a_name_that_no_database_has_is_told_apart(name: str) -> None:
     engine = create_engine("sqlite://")

@@ -203,6 +203,20 @@ def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
             ledger.progress(connection)
 
 
+def test_text_that_is_no_utf8_is_no_plan() -> None:
+    """SQLite keeps it, and its driver does not return it."""
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        shards = ledger.planned_shards(connection, [A], KEY)
+        connection.exec_driver_sql("UPDATE kms_rekeys SET position = CAST(x'ff' AS TEXT)")
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys") as caught:
+            ledger.planned_shards(connection, [A], KEY)
+        assert caught.value.__context__ is None
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+            ledger.claim(connection, "me", shards)
+
+
 def test_progress_towards_what_is_no_key_is_none() -> None:
     engine = engine_of("sqlite://")
     with ready(engine) as connection:

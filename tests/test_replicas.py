@@ -198,6 +198,7 @@ def test_what_is_no_key_id_counts_as_no_key(running: Deployment) -> None:
         {"epoch": "'MARKER'"},
         {"epoch": "0.5"},
         {"lease": "0.5"},
+        {"host": "CAST(x'ff' AS TEXT)"},
     ],
     ids=str,
 )
@@ -218,7 +219,7 @@ def test_a_heartbeat_that_is_garbage_is_refused_by_name(sqlite_deployment: Deplo
         promote(deployment.operator())
 
 
-@pytest.mark.parametrize("garbage", ["'MARKER'", "17", "x'00ff'"])
+@pytest.mark.parametrize("garbage", ["'MARKER'", "17", "x'00ff'", "CAST(x'ff' AS TEXT)"])
 def test_the_dead_are_not_told_from_garbage(sqlite_deployment: Deployment, garbage: str) -> None:
     sqlite_deployment.heartbeat(holds={ONE}, under=ONE)
     with sqlite_deployment.engine.begin() as connection:
