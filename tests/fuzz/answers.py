@@ -13,7 +13,7 @@ from unittest import mock
 from sqlalchemy_kravn_crypto import exceptions as errors
 
 from . import providers
-from .mutators import json_behind, tokens_behind
+from .mutators import json_behind
 from .target import KEY, MARKER, SECRETS, TOKEN, Run, spellings, target
 from .wire import (
     BINDING,
@@ -271,7 +271,7 @@ def _proxy_seeds() -> list[bytes]:
     return [head + b"\r\n\r\n" for head in heads]
 
 
-@target(allowed=(errors.ProviderError,), seeds=_proxy_seeds, mutator=tokens_behind(0), secrets=SECRETS)
+@target(allowed=(errors.ProviderError,), seeds=_proxy_seeds, secrets=SECRETS)
 def proxy_answers() -> Run:
     """What a proxy answers that is asked to connect."""
     from sqlalchemy_kravn_crypto.providers import transport
@@ -303,7 +303,7 @@ def _recorded_seeds() -> list[bytes]:
     return [bytes([number]) + key.encode() + b"\n" + blob for number, (key, blob) in enumerate(_RECORDED)]
 
 
-@target(allowed=(errors.ProviderError,), seeds=_recorded_seeds, mutator=tokens_behind(1), secrets=SECRETS, share=0.1)
+@target(allowed=(errors.ProviderError,), seeds=_recorded_seeds, secrets=SECRETS, share=0.1)
 def wrapped_keys() -> Run:
     """A master key and a wrapped key as a row has them, with a KMS that answers as if nothing were wrong."""
     from sqlalchemy_kravn_crypto.providers import bounded_process

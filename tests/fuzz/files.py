@@ -9,7 +9,6 @@ from unittest import mock
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 
-from .mutators import tokens_behind
 from .target import KEY, MARKER, Run, target
 
 
@@ -21,7 +20,7 @@ def _settings_seeds() -> list[bytes]:
     return [text.encode() for text in (vault, azure, pinned, secret, "KMS_PROXY=http://proxy.test:3128", "SECRT=1")]
 
 
-@target(allowed=(errors.ConfigurationError,), seeds=_settings_seeds, mutator=tokens_behind(0), share=0.2)
+@target(allowed=(errors.ConfigurationError,), seeds=_settings_seeds, share=0.2)
 def settings() -> Run:
     from sqlalchemy_kravn_crypto.configuration import provider_of
     from sqlalchemy_kravn_crypto.settings import Settings

@@ -17,7 +17,7 @@ from unittest import mock
 from sqlalchemy_kravn_crypto import exceptions as errors
 
 from . import providers
-from .mutators import Mutate, json_behind, tokens_behind
+from .mutators import json_behind
 from .target import MARKER, SECRETS, TOKEN, Run, target
 from .wire import BINDING, Steps, answer_seeds, answered, behind, http, one_of
 
@@ -212,22 +212,10 @@ def _aws_ways(directory: str) -> list[Way]:
     ]
 
 
-def _json_or_xml(size: int) -> Callable[[Any], Mutate]:
-    def make(seeds: Any) -> Mutate:
-        as_json, as_tokens = json_behind(size)(seeds), tokens_behind(size)(seeds)
-
-        def mutate(data: bytes, random: Any) -> bytes | None:
-            return as_json(data, random) or as_tokens(data, random)
-
-        return mutate
-
-    return make
-
-
 @target(
     allowed=(errors.ProviderError,),
     seeds=lambda: _step_seeds(_aws_ways(""), _STS_ERROR, _dump({"__type": "ForbiddenException", "message": MARKER})),
-    mutator=_json_or_xml(3),
+    mutator=json_behind(3),
     secrets=SECRETS,
     share=0.05,
 )

@@ -7,7 +7,6 @@ structure; the fuzzer's own mutation is then used.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -164,7 +163,7 @@ def _near(value: Any, random: Random) -> Any:
 DELETE: Final = 250
 """In the place of a column: the row is deleted."""
 
-KINDS: Final = 7
+KINDS: Final = 8
 """How many kinds of edits there are: five types that SQLite knows, and these."""
 
 COPY: Final = 5
@@ -172,6 +171,9 @@ COPY: Final = 5
 
 LONG: Final = 6
 """The kind of an edit whose value is text, behind how often it is doubled."""
+
+NOT_UTF8: Final = 7
+"""The kind of an edit whose value is text that is none."""
 
 
 @dataclass(frozen=True)
@@ -240,36 +242,3 @@ def _new_edit(values: Sequence[bytes], columns: int, random: Random) -> Edit:
     elif kind == LONG:
         value = bytes([random.randrange(13)]) + (value[:16] or b"[")
     return Edit(row, random.randrange(columns), kind, value)
-
-
-# --- Text ------------------------------------------------------------------------------------------------------------
-
-_TOKENS: Final = re.compile(rb"[\w.-]+|\r\n|.", re.DOTALL)
-
-
-def tokens_behind(size: int) -> Mutator:
-    """Change text in whole words and signs behind so many bytes, whatever its syntax."""
-
-    def make(seeds: Sequence[bytes]) -> Mutate:
-        words = sorted({token for seed in seeds for token in _TOKENS.findall(seed[size:])})
-        words += [text.encode("utf-8", "surrogatepass") for text in _TEXTS]
-
-        def mutate(data: bytes, random: Random) -> bytes | None:
-            tokens = _TOKENS.findall(data[size:])
-            for _ in range(random.choice((1, 1, 2, 4))):
-                start, end = sorted(random.randrange(len(tokens) + 1) for _ in range(2))
-                end = min(end, start + random.choice((1, 1, 2, 8)))
-                match random.randrange(4):
-                    case 0:
-                        del tokens[start:end]
-                    case 1:
-                        tokens[start:start] = tokens[start:end]
-                    case 2:
-                        tokens[start:end] = [random.choice(words)]
-                    case _:
-                        tokens.insert(start, random.choice(words))
-            return _head(data[:size], random) + b"".join(tokens)
-
-        return mutate
-
-    return make

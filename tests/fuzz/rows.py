@@ -12,12 +12,20 @@ from typing import Any, Final
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 
-from .mutators import COPY, DELETE, KINDS, LONG, Edit, edits, edits_behind, json_behind
+from .mutators import COPY, DELETE, KINDS, LONG, NOT_UTF8, Edit, edits, edits_behind, json_behind
 from .target import KEY, MARKER, Run, target
+
+
+class _NotUtf8(bytes):
+    """Bytes that are put into the database as text."""
+
+    __slots__ = ()
 
 
 def _as_database_value(edit: Edit) -> Any:
     """Return the value as a type that SQLite knows, which keeps any of them in any column."""
+    if edit.kind % KINDS == NOT_UTF8:
+        return _NotUtf8(edit.value + b"\xff")
     text = edit.value.decode(errors="replace")
     number = int.from_bytes(edit.value[:8], "big", signed=True)
     if edit.kind % KINDS == LONG:
@@ -52,12 +60,12 @@ def _untyped(connection: Any, table: Any) -> None:
     connection.exec_driver_sql(f"CREATE TABLE {table.name} ({columns})")
 
 
-def _insert(connection: Any, table: Any, rows: list[dict[str, Any]]) -> None:
-    names = [column.name for column in table.columns]
-    places = ", ".join("?" * len(names))
+def _insert(connection: Any, table: Any, rows: list[dict[str, Any]], verb: str = "INSERT") -> None:
     connection.exec_driver_sql(f"DELETE FROM {table.name}")  # noqa: S608 - a constant
     for row in rows:
-        connection.exec_driver_sql(f"INSERT INTO {table.name} VALUES ({places})", tuple(row[name] for name in names))  # noqa: S608 - the same
+        values = tuple(row[column.name] for column in table.columns)
+        places = ", ".join("CAST(? AS TEXT)" if isinstance(value, _NotUtf8) else "?" for value in values)
+        connection.exec_driver_sql(f"{verb} INTO {table.name} VALUES ({places})", values)
 
 
 def _copied(rows: list[dict[str, Any]], names: list[str], edit: Edit) -> Any:
@@ -274,12 +282,13 @@ def column_rows() -> Run:
     connection.exec_driver_sql("CREATE TABLE note (id INTEGER PRIMARY KEY, content BLOB, title TEXT)")
 
     def run(data: bytes) -> None:
-        rows = _changed(stored, data)
-        _insert_where_allowed(connection, TABLES.columns, rows)
+        # Into a table as it is, except what its constraints refuse.
+        _insert(connection, TABLES.columns, _changed(stored, data), "INSERT OR IGNORE")
         record(connection, [mine])
-        assert ("", "note", "content", "binary", "note.content") in connection.exec_driver_sql(
-            "SELECT schema_name, table_name, column_name, storage, name FROM kms_columns"
-        ).all()
+        assert connection.exec_driver_sql(
+            "SELECT storage, name FROM kms_columns "
+            "WHERE schema_name = '' AND table_name = 'note' AND column_name = 'content'"
+        ).all() == [("binary", "note.content")]
         found = recorded(connection)
         assert mine in found
         for one in found:
@@ -289,15 +298,6 @@ def column_rows() -> Run:
             located(connection, one)
 
     return run
-
-
-def _insert_where_allowed(connection: Any, table: Any, rows: list[dict[str, Any]]) -> None:
-    """Insert rows into a table as it is, except those that its constraints refuse."""
-    connection.exec_driver_sql(f"DELETE FROM {table.name}")  # noqa: S608 - a constant
-    places = ", ".join("?" * len(table.columns))
-    for row in rows:
-        values = tuple(row[column.name] for column in table.columns)
-        connection.exec_driver_sql(f"INSERT OR IGNORE INTO {table.name} VALUES ({places})", values)  # noqa: S608 - the same
 
 
 _BOUNDS: Final = (b'["EDE="]', b'["EC0x"]', b'["EDE=", "A2E="]', b"[]")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 
-from .mutators import json_behind, tokens_behind
+from .mutators import json_behind
 from .target import KEY, MARKER, Run, shown, spellings, target
 
 NAME: Final = "note.content"
@@ -72,9 +72,7 @@ def _texts() -> list[bytes]:
     return [*(bytes([RAW]) + to_text(_frame(seed)).encode() for seed in (readable, *_frames())), readable]
 
 
-@target(
-    allowed=(errors.DecryptionError,), seeds=_texts, mutator=tokens_behind(2), secrets=(MARKER.encode(), KEY), share=5
-)
+@target(allowed=(errors.DecryptionError,), seeds=_texts, secrets=(MARKER.encode(), KEY), share=5)
 def text_frames() -> Run:
     from sqlalchemy.dialects import sqlite
 
