@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy import JSON
 from sqlalchemy.ext.mutable import MutableDict, MutableList
 
+from sqlalchemy_kravn_crypto.codecs import documents
 from sqlalchemy_kravn_crypto.codecs.base import MAX_INTEGER_BITS
 from sqlalchemy_kravn_crypto.codecs.documents import MAX_DEPTH, JSONCodec
 from sqlalchemy_kravn_crypto.exceptions import MalformedPayloadError, UnstorableValueError
@@ -164,6 +165,30 @@ def test_value_comes_back_with_its_types_as_plain_json(value: Any) -> None:
     assert json.loads(payload[1:]) == value
 
 
+def test_what_is_plainly_json_is_not_decoded_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That costs a third more; it is for what orjson might write as something else."""
+
+    def compare(value: Any) -> bytes:
+        raise AssertionError(value)
+
+    monkeypatch.setattr(documents, "_encode_checked", compare)
+    # CB is the first byte of a float in MessagePack, and the others have it elsewhere.
+    for value in ({"a": ["x", 1, True, None, {}]}, [0.5, -1e300], 0xCB, "\u02c0", [0xCB7F]):
+        assert json.loads(CODEC.encode(value)[1:]) == value
+
+
+def test_payload_beyond_64_bits_is_compact_json_in_utf_8() -> None:
+    assert CODEC.encode({"n": 2**64, "grün": [1]}) == '\x02{"n":18446744073709551616,"grün":[1]}'.encode()
+
+
+def test_number_that_the_constant_for_null_is_equal_to_comes_back() -> None:
+    """``JSON.NULL`` is an integer to Python."""
+    number = int(JSON.NULL)
+    assert number == JSON.NULL
+    assert CODEC.encode(Number(number)) == f"\x01{number}".encode()
+    assert round_trip([number, 2**80]) == [number, 2**80]
+
+
 def test_order_of_keys_comes_back() -> None:
     assert list(round_trip({"z": 1, "a": 2, "m": 3})) == ["z", "a", "m"]
 
@@ -238,9 +263,11 @@ def test_any_float_comes_back_bit_by_bit(number: float) -> None:
     ],
 )
 def test_subclass_of_a_json_type_comes_back_equal_as_that_type(value: Any, expected: Any) -> None:
-    decoded = round_trip(value)
+    payload = CODEC.encode(value)
+    decoded = CODEC.decode(payload)
     assert decoded == value == expected
     assert types_of(decoded) == types_of(expected)
+    assert payload[0] == (0x02 if 2**70 in integers_in(expected) else 0x01)
 
 
 def test_json_null_at_the_top_is_null_and_comes_back_as_none() -> None:
@@ -365,6 +392,82 @@ def test_refuses_what_cannot_be_compared(value: Any, place: Callable[[Any], Any]
     assert caught.value.__context__ is None
 
 
+class Changing(dict[str, Any]):
+    """Stands for a value that another thread changes: infinite as soon as it has been looked at."""
+
+    __hash__ = None
+
+    def __init__(self) -> None:
+        super().__init__(n=2**80)
+        self.looks = 0
+
+    def items(self) -> Any:
+        self.looks += 1
+        return {"n": 2**80 if self.looks == 1 else math.inf}.items()
+
+    def __eq__(self, other: object) -> bool:
+        return other in ({"n": 2**80}, {"n": math.inf})
+
+
+def test_refuses_what_becomes_infinite_while_it_is_written() -> None:
+    """It would be a payload that nobody can read."""
+    value = Changing()
+    with pytest.raises(UnstorableValueError, match="would not come back equal"):
+        CODEC.encode(value)
+    assert value.looks == 2
+
+
+# --- The same --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("big", [{}, {"big": 2**80}], ids=["64 bits", "big integer"])
+def test_values_are_the_same_if_they_are_equal_with_their_types_whatever_the_order_of_keys(big: dict[str, int]) -> None:
+    value = {"a": [1, {"x": None}], "b": 0.5, "c": "grün"} | big
+    other = dict(reversed(json.loads(json.dumps(value)).items()))
+    assert list(other) != list(value)
+    assert CODEC.same(value, other)
+    assert CODEC.same(other, value)
+    for change in ({"a": [{"x": None}, 1]}, {"b": 0.25}, {"c": "grun"}, {"d": None}):
+        assert not CODEC.same(value, value | change)
+        assert not CODEC.same(value | change, value)
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), (0.0, -0.0), ("a", "b"), (1, "1"), ([], {})])
+@pytest.mark.parametrize("big", [[], [2**80]], ids=["64 bits", "big integer"])
+def test_values_of_other_types_or_signs_are_not_the_same(one: Any, other: Any, big: list[int]) -> None:
+    for first, second in ((one, other), (other, one)):
+        assert not CODEC.same(first, second)
+        assert not CODEC.same([first, *big], [second, *big])
+        assert CODEC.same([first, *big], [first, *big])
+
+
+def test_numbers_that_are_greater_or_less_are_not_the_same() -> None:
+    for one, other in ((1, 2), (2**80, 2**81), ([1], [2]), (0.5, 0.75)):
+        assert not CODEC.same(one, other)
+        assert not CODEC.same(other, one)
+
+
+def test_subclass_is_the_same_as_what_it_is_stored_as() -> None:
+    assert CODEC.same(MutableDict(a=[1]), {"a": [1]})
+    assert CODEC.same(Word.ONE, "one")
+    assert not CODEC.same(Level.HIGH, 4)
+
+
+def test_json_null_is_the_same_as_itself_alone() -> None:
+    assert CODEC.same(JSON.NULL, JSON.NULL)
+    assert not CODEC.same(JSON.NULL, int(JSON.NULL))
+    assert not CODEC.same(int(JSON.NULL), JSON.NULL)
+    assert not CODEC.same(JSON.NULL, "null")
+
+
+def test_what_cannot_be_compared_or_stored_is_a_change() -> None:
+    """So it is written, and refused with an error that shows nothing."""
+    for value in (Unequal(a=1), Lying(a=1), Opaque(), {1: {2}}):
+        assert not CODEC.same({"a": 1}, value)
+        assert not CODEC.same(value, {"a": 1})
+    assert not CODEC.same({1}, {1})
+
+
 # --- Depth -----------------------------------------------------------------------------------------------------------
 
 CONTAINERS = [
@@ -452,6 +555,8 @@ def test_stores_or_refuses_with_little_stack_left(left: int, depth: int, bottom:
         pytest.param(b'\x02{"S3CR3T-marker":', id="broken JSON of kind 02"),
         pytest.param(b'\x01{"S3CR3T-marker":1} x', id="more after the JSON"),
         pytest.param(b'\x02{"S3CR3T-marker":1} x', id="more after the JSON of kind 02"),
+        pytest.param(b'\x01"S3CR3T-marker\\ud800"', id="half a surrogate pair"),
+        pytest.param(b'\x02["S3CR3T-marker\\udfff"]', id="half a surrogate pair of kind 02"),
         pytest.param(b"\x01NaN", id="NaN"),
         pytest.param(b"\x02NaN", id="NaN of kind 02"),
         pytest.param(b"\x02[Infinity]", id="infinity of kind 02"),
@@ -478,8 +583,15 @@ def test_refuses_a_payload_that_it_did_not_write(payload: bytes) -> None:
 
 
 def test_error_of_another_kind_names_it() -> None:
-    with pytest.raises(MalformedPayloadError, match="kind 0x03"):
-        CODEC.decode(b"\x03text")
+    for payload in (b"\x03text", b"\x03\x01", b"\x03\x02"):
+        with pytest.raises(MalformedPayloadError, match="is of kind 0x03, which a column that holds JSON does not read"):
+            CODEC.decode(payload)
+
+
+def test_error_of_its_own_kind_names_no_other() -> None:
+    for payload in (b"\x01text", b"\x02\x03", b""):
+        with pytest.raises(MalformedPayloadError, match="but is not JSON. Another program wrote it"):
+            CODEC.decode(payload)
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"", b"\x01", b"\x02"]))

@@ -1,6 +1,7 @@
 """Objects that pydantic knows come back equal, or are refused; no error shows what is in them."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import typing
@@ -22,12 +23,14 @@ from pydantic import (
     computed_field,
     field_serializer,
     field_validator,
+    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 from sqlalchemy import JSON
 from typing_extensions import TypedDict
 
 from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
+from sqlalchemy_kravn_crypto.codecs import objects
 from sqlalchemy_kravn_crypto.codecs.objects import ObjectCodec
 from sqlalchemy_kravn_crypto.exceptions import (
     ColumnError,
@@ -230,6 +233,56 @@ def test_the_order_of_a_set_is_no_change(one: set[Any], other: set[Any], *, same
     assert codec.same(*([[{"tags": tags}] for tags in (one, other)] if nested else (one, other))) is same
 
 
+class Reshaped(BaseModel):
+    """Has sets, and beside them what is not of the same shape in JSON as in Python."""
+
+    tags: set[Any]
+    fields: dict[str, set[Any]] = {}
+    others: Any = None
+
+    @field_serializer("others", when_used="json")
+    def as_json(self, others: Any) -> Any:
+        return others["json"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"python": 1, "json": [[1], [2], [3]]},
+        {"python": 1, "json": {"a": 1}},
+        {"python": 1, "json": {"a": 1, "b": 2, "c": 3}},
+        {"python": 1, "json": "ab"},
+        {"python": 1, "json": 5},
+    ],
+    ids=["list", "shorter dict", "longer dict", "text", "number"],
+)
+@pytest.mark.parametrize("plain", [dict, list, tuple, set], ids=lambda plain: plain.__name__)
+def test_what_has_another_shape_in_json_is_compared_as_that(plain: Any, others: dict[str, Any]) -> None:
+    class Shown(plain):  # type: ignore[misc]
+        """A container of Python, of two elements, that knows what it is in JSON."""
+
+        def __getitem__(self, key: Any) -> Any:
+            return others[key] if key == "json" else super().__getitem__(key)
+
+    codec = ObjectCodec(Reshaped)
+    value = Shown({"x": 1, "y": 2})
+    one, other = (Reshaped(tags=tags, others=value) for tags in EQUAL)
+    assert codec._dumped(one) != codec._dumped(other)
+    assert codec.same(one, other)
+    assert not codec.same(one, Reshaped(tags={1, 9, 18}, others=value))
+
+
+@pytest.mark.parametrize("count", [2, 300])
+def test_the_order_of_a_set_is_no_change_however_many_there_are(count: int) -> None:
+    """Python has one object for each small integer, but not for this length."""
+    lists, dicts = ObjectCodec(list[set[Any]]), ObjectCodec(dict[int, set[Any]])
+    one, other = ([tags] * count for tags in EQUAL)
+    assert lists.same(one, other)
+    assert dicts.same(dict(enumerate(one)), dict(enumerate(other)))
+    assert not lists.same(one, [*other[1:], {17, 9, 2}])
+    assert not dicts.same(dict(enumerate(one)), dict(enumerate([*other[1:], {17, 9, 2}])))
+
+
 def test_the_order_of_a_list_is_a_change() -> None:
     assert not ObjectCodec(list[int]).same([1, 2], [2, 1])
     assert not ObjectCodec(tuple[int, int]).same((1, 2), (2, 1))
@@ -401,7 +454,31 @@ def test_what_cannot_be_stored_is_only_like_itself() -> None:
     assert codec.same(one, one)
     assert not codec.same(one, Hostile.model_construct(fails_in="dump"))
     assert not codec.same(Hostile.model_construct(fails_in="compare"), one)
+    assert not codec.same(*(Hostile.model_construct(fails_in="compare") for _ in range(2)))
     assert not codec.same(MARKER, one)
+
+
+class Null(BaseModel):
+    """Is null in JSON, unless it raises, and is equal to all others."""
+
+    fails: bool
+
+    @model_serializer
+    def dump(self) -> None:
+        if self.fails:
+            raise LookupError(MARKER)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Null)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_what_cannot_be_dumped_is_not_like_null() -> None:
+    codec = ObjectCodec(Null)
+    assert codec.same(Null(fails=False), Null(fails=False))
+    assert not codec.same(Null(fails=True), Null(fails=False))
+    assert not codec.same(Null(fails=False), Null(fails=True))
 
 
 # --- Types that pydantic does not know -------------------------------------------------------------------------------
@@ -453,6 +530,14 @@ def test_says_what_to_install_without_pydantic(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MissingExtraError, match="pip install pydantic") as caught:
         ObjectCodec(int).encode(1)
     harmless(caught.value)
+
+
+def test_it_can_be_imported_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    spec = importlib.util.find_spec(objects.__name__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_pydantic_is_not_imported_before_it_is_used() -> None:

@@ -34,14 +34,9 @@ _ORJSON_OPTIONS: Final = (
     orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 )
 
+# What orjson has no option for; it is asked first, so whatever it refuses does not get here.
 _ORMSGPACK_OPTIONS: Final = (
-    ormsgpack.OPT_PASSTHROUGH_BIG_INT
-    | ormsgpack.OPT_PASSTHROUGH_DATACLASS
-    | ormsgpack.OPT_PASSTHROUGH_DATETIME
-    | ormsgpack.OPT_PASSTHROUGH_ENUM
-    | ormsgpack.OPT_PASSTHROUGH_SUBCLASS
-    | ormsgpack.OPT_PASSTHROUGH_TUPLE
-    | ormsgpack.OPT_PASSTHROUGH_UUID
+    ormsgpack.OPT_PASSTHROUGH_ENUM | ormsgpack.OPT_PASSTHROUGH_TUPLE | ormsgpack.OPT_PASSTHROUGH_UUID
 )
 
 # A float of MessagePack is CB and 8 bytes of IEEE 754, big-endian; NaN and the infinities are those whose exponent, the
@@ -119,29 +114,28 @@ class JSONCodec:
 
     def same(self, one: Any, other: Any) -> bool:
         """Tell whether two values are stored alike, but for the order of keys: 1, 1.0 and ``True`` are not the same."""
-        # Either alone is not enough: 1 == True, and NaN is written as None is.
-        return bool(one == other) and _canonical(one) == _canonical(other)
+        try:
+            # Either alone is not enough: 1 == True, and NaN is written as None is.
+            return bool(one == other) and _canonical(one) == _canonical(other)
+        except Exception:  # noqa: BLE001 - a value's own class may raise anything, and is refused when it is written
+            return False
 
 
-def _canonical(value: Any) -> bytes | str | None:
-    """Return the one text of a JSON value, or ``None`` for what has none and will be refused when it is written."""
-    if value is JSON.NULL:
-        return b"null"
+def _canonical(value: Any) -> bytes | str:
+    """Return the one text of a JSON value; may raise anything for what is none."""
     try:
         return orjson.dumps(value, _builtin, _ORJSON_OPTIONS | orjson.OPT_SORT_KEYS)
     except Exception:  # noqa: BLE001, S110 - integers beyond 64 bits, or nothing that can be stored
         pass
-    try:
-        return json.dumps(value, sort_keys=True)
-    except Exception:  # noqa: BLE001 - a value's own class may raise anything
-        return None
+    # For JSON.NULL the text of a number, which is no bytes, and so not the same as that number.
+    return json.dumps(value, sort_keys=True)
 
 
 def _encode_checked(value: Any) -> bytes:
     """Encode what may not come back equal: decode it again and compare."""
     if value is JSON.NULL:
         return _JSON + b"null"
-    encoded, equal = b"", False
+    encoded = b""
     try:
         encoded = orjson.dumps(value, _builtin, _ORJSON_OPTIONS)
         equal = orjson.loads(encoded) == value
