@@ -29,8 +29,8 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import JSON
 from typing_extensions import TypedDict
 
-from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
 from sqlalchemy_kravn_crypto.codecs import objects
+from sqlalchemy_kravn_crypto.codecs.documents import JSONCodec
 from sqlalchemy_kravn_crypto.codecs.objects import ObjectCodec
 from sqlalchemy_kravn_crypto.exceptions import (
     ColumnError,
@@ -248,13 +248,14 @@ class Reshaped(BaseModel):
 @pytest.mark.parametrize(
     "others",
     [
+        {"python": 1, "json": [[1]]},
         {"python": 1, "json": [[1], [2], [3]]},
         {"python": 1, "json": {"a": 1}},
         {"python": 1, "json": {"a": 1, "b": 2, "c": 3}},
         {"python": 1, "json": "ab"},
         {"python": 1, "json": 5},
     ],
-    ids=["list", "shorter dict", "longer dict", "text", "number"],
+    ids=["shorter list", "longer list", "shorter dict", "longer dict", "text", "number"],
 )
 @pytest.mark.parametrize("plain", [dict, list, tuple, set], ids=lambda plain: plain.__name__)
 def test_what_has_another_shape_in_json_is_compared_as_that(plain: Any, others: dict[str, Any]) -> None:

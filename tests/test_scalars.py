@@ -629,6 +629,23 @@ def test_subclass_of_datetime_is_taken_if_it_is_no_finer(codec: Codec, zone: tzi
     refused(codec, value, "would not come back equal")
 
 
+@pytest.mark.parametrize("difference", [-1, 1])
+@pytest.mark.parametrize(("codec", "zone"), [(NAIVE, None), (AWARE, UTC)])
+def test_refuses_a_datetime_that_is_earlier_or_later_than_what_it_prints(
+    codec: Codec, zone: tzinfo | None, difference: int
+) -> None:
+    class Shifted(datetime):
+        def __rsub__(self, other: Any) -> Any:
+            return timedelta(microseconds=difference)
+
+    refused(codec, Shifted(2024, 1, 2, tzinfo=zone), "would not come back equal")
+
+
+def test_error_of_a_datetime_says_whether_the_column_holds_offsets() -> None:
+    assert "is not a datetime with an offset from UTC" in str(refused(AWARE, 5))
+    assert "is not a datetime without an offset from UTC" in str(refused(NAIVE, 5))
+
+
 def test_subclasses_of_the_others_are_taken() -> None:
     for codec, base, arguments in (
         (DATE, date, (2024, 1, 2)),
@@ -707,6 +724,17 @@ def test_error_of_a_member_that_is_gone_names_neither_it_nor_the_others() -> Non
     error = unread(COLOUR, reference.enum_payload(MARKER))
     assert "removed or renamed" in str(error)
     assert "RED" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [b"\x80", b"\x80" + bytes(40), b"\x80" + bytes(42), b"\x80" + bytes(89), b"\x80" + bytes(40) + b"\x01", b""],
+)
+def test_error_of_a_member_with_wrong_padding_says_that_another_program_wrote_it(padding: bytes) -> None:
+    known = reference.enum_payload("ABSENT")
+    assert known[1:] == b"ABSENT\x80" + bytes(41)
+    assert "removed or renamed" in str(unread(COLOUR, known))
+    assert "Another program wrote it" in str(unread(COLOUR, known[:1] + b"ABSENT" + padding))
 
 
 @pytest.mark.parametrize("members", [{"a\ud800": 1}, {1: 1}, {b"a": 1}], ids=["surrogate", "number", "bytes"])

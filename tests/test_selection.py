@@ -387,6 +387,22 @@ def test_decorated_values_are_the_same_if_what_is_stored_is() -> None:
     assert not hostile.same(object(), object())
 
 
+def test_decorated_values_that_are_equal_are_not_the_same_if_what_is_stored_is_not() -> None:
+    class Loose(TypeDecorator[Any]):
+        impl = sa.JSON
+        cache_ok = True
+
+    loose = codec_for(Loose)
+    assert loose.same({"a": 1}, {"a": 1})
+    assert not loose.same([1], [True])
+    assert not loose.same([1], [1.0])
+
+
+@pytest.mark.parametrize("attribute", ["storage", "column_name"])
+def test_decorator_with_an_attribute_of_its_own_is_not_taken_for_an_encrypted_type(attribute: str) -> None:
+    assert codec_for(type("Named", (Lowered,), {attribute: "x"})).encode("ABC") == b"\x03abc"
+
+
 def raises_nothing_else(codec: Codec, value: Any, match: str) -> None:
     with pytest.raises(UnstorableValueError, match=match) as caught:
         codec.encode(value)

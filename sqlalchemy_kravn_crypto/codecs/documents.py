@@ -113,7 +113,12 @@ class JSONCodec:
         raise unreadable(payload, (Kind.JSON, Kind.BIG_JSON), "JSON")
 
     def same(self, one: Any, other: Any) -> bool:
-        """Tell whether two values are stored alike, but for the order of keys: 1, 1.0 and ``True`` are not the same."""
+        """Tell whether two values are stored alike, but for the order of keys.
+
+        What cannot be stored is only like itself. 1, 1.0 and ``True`` are not the same.
+        """
+        if one is other:
+            return True
         try:
             # Either alone is not enough: 1 == True, and NaN is written as None is.
             return bool(one == other) and _canonical(one) == _canonical(other)
