@@ -417,7 +417,8 @@ class KeyStore(KeepsSecret):
             secret = secret or BootstrapSecret.create_file(self.secret_file)
         else:
             control = self._with_mac_key(control, secret, blocking, pin_later=pin_later)
-        if secret is not None and not any(row.provider == NO_PROVIDER for row in keys):
+        # Nothing but the bootstrap key can be here: with a key of a KMS there would be nothing to make.
+        if secret is not None and not keys:
             keys.append(bootstrap_row(_next_id(keys), secret))
         if self.provider is not None:
             keys.append(self.new_key_row(self.provider, _next_id(keys), control, blocking))

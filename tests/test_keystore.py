@@ -12,7 +12,7 @@ import traceback
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,21 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
 from sqlalchemy_kravn_crypto import exceptions as errors
-from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret
+from sqlalchemy_kravn_crypto.base64_text import to_base64
+from sqlalchemy_kravn_crypto.bootstrap import BootstrapSecret, BootstrapSecrets
 from sqlalchemy_kravn_crypto.changes import changing
 from sqlalchemy_kravn_crypto.ciphertext import ColumnName
 from sqlalchemy_kravn_crypto.columns import BINARY, TEXT, EncryptedColumn
+from sqlalchemy_kravn_crypto.derivation import key_id_of
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.keystore import KeyStore
 from sqlalchemy_kravn_crypto.lifecycle import add_standby, enable, promote, rotate
-from sqlalchemy_kravn_crypto.rows import MacKey
+from sqlalchemy_kravn_crypto.providers.base import Deadline
+from sqlalchemy_kravn_crypto.rows import KeyRow, MacKey, StoredRows
 from sqlalchemy_kravn_crypto.schema import TABLES, State
+from sqlalchemy_kravn_crypto.settings import Settings
 from sqlalchemy_kravn_crypto.types import EncryptedJSON
-from sqlalchemy_kravn_crypto.wrapping import binding
+from sqlalchemy_kravn_crypto.wrapping import MAC_KEYRING, binding
 from tests import reference
 from tests.fixtures_deployment import Deployment, VersionedKMS
 from tests.fixtures_postgres import asynchronous
@@ -105,6 +109,17 @@ def tamper(engine: Engine, row_id: int, **values: Any) -> None:
         connection.execute(update(KEYS).where(KEYS.c.id == row_id).values(values))
 
 
+class Blocked:
+    """Runs what blocks right here, and counts it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, function: Callable[[], Any], /) -> Any:
+        self.calls += 1
+        return function()
+
+
 # --- Mode none ------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +163,52 @@ def test_a_secret_where_a_file_is_on_record_stops_the_boot(engine: Engine, store
     store().open(engine)
     with pytest.raises(errors.RowAuthenticationError, match=r"bring the secret\.key"):
         store(secret=SECRET).open(engine)
+
+
+def test_errors_about_the_bootstrap_key_say_where_it_came_from_and_where_this_one_does(
+    engine: Engine, store: Any, secret_key: Path
+) -> None:
+    def refused(**settings: Any) -> str:
+        with pytest.raises(errors.BootstrapKeyError) as caught:
+            store(**settings).open(engine)
+        return str(caught.value)
+
+    store(secret=SECRET).open(engine)
+    assert "came from KRAVN_SECRET, this process has one from KRAVN_SECRET" in refused(secret=NEXT)
+    assert f"came from KRAVN_SECRET, this process has one from {secret_key}" in refused()
+    assert f"came from KRAVN_SECRET, this process has one from {secret_key}" in refused(next_secret=NEXT)
+    secret_key.unlink()
+    assert "it came from KRAVN_SECRET, but" in refused()
+    with engine.begin() as connection:
+        connection.execute(delete(KEYS))
+    store().open(engine, ())
+    secret_key.write_text(ROOT.hex())
+    assert f"came from secret.key, this process has one from {secret_key}" in refused()
+    secret_key.unlink()
+    assert "came from secret.key, this process has one from KRAVN_SECRET" in refused(secret=SECRET)
+    assert "it came from secret.key, but" in refused()
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [{"key_id": "00" * 8}, {"key_id": "ff" * 8}, {"key_check": to_base64(DataKey(bytes(32)).check)}],
+    ids=["lower id", "higher id", "check"],
+)
+def test_a_bootstrap_key_that_only_half_agrees_with_its_row_is_another(
+    engine: Engine, store: Any, altered: dict[str, str]
+) -> None:
+    store().open(engine)
+    control, row = stored(engine)
+    _write_signed(engine, BOOTSTRAP.mac_key, [control, row | altered])
+    with pytest.raises(errors.BootstrapKeyError, match="another than the one on record"):
+        store().open(engine)
+
+
+def test_a_secret_is_stretched_once_by_a_boot(engine: Engine, store: Any) -> None:
+    for _ in ("first", "later"):
+        blocked = Blocked()
+        store().open(engine, blocking=blocked)
+        assert blocked.calls == 1
 
 
 # --- A KMS ----------------------------------------------------------------------------------------------------------
@@ -218,8 +279,10 @@ def test_without_a_secret_the_kms_also_wraps_the_key_of_the_row_macs(
 
 
 def test_a_boot_that_may_not_provision_says_what_to_run(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
-    with pytest.raises(errors.NotProvisionedError, match="kravn-crypto provision"):
+    with pytest.raises(errors.NotProvisionedError, match=r"provider 'vault'.*kravn-crypto provision"):
         store(kms, may_provision=False).open(engine)
+    with pytest.raises(errors.NotProvisionedError, match="provider 'none'"):
+        store(may_provision=False).open(engine)
     assert stored(engine) == []
     assert kms.calls == {}
 
@@ -332,10 +395,88 @@ def test_adopting_a_kms_keeps_old_values_readable_and_writes_new_ones_under_its_
         before.decrypt(new, NAME)
 
 
-def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
-    store(kms).open(engine)
-    with pytest.raises(errors.ProviderMismatchError, match="KRAVN_KMS_PROVIDER=vault"):
+@pytest.mark.parametrize("name", ["azure", "vault"])
+def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, name: str) -> None:
+    store(MisbehavingKMS(name=name)).open(engine)
+    with pytest.raises(errors.ProviderMismatchError, match=f"KRAVN_KMS_PROVIDER={name}"):
         store().open(engine)
+
+
+@pytest.mark.parametrize("name", ["azure", "vault"])
+def test_only_the_bootstrap_key_counts_as_one(engine: Engine, store: Any, name: str) -> None:
+    """Signatures under it are not good any more where the primary is a KMS's, unless they are accepted."""
+    keyring = store(MisbehavingKMS(name=name)).open(engine).keyring
+    assert keyring.verifying(accept_bootstrap=False)[1] == []
+    assert [key.key_id for key in keyring.verifying(accept_bootstrap=True)[1]] == [DataKey(BOOTSTRAP.data_key).key_id]
+
+
+def test_what_became_of_the_keys_is_logged(
+    engine: Engine, store: Any, kms: MisbehavingKMS, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        store().open(engine)
+        (bootstrap,) = stored(engine)[1:]
+        assert f"data key {bootstrap['key_id']} of provider none is now primary" in caplog.text
+        caplog.clear()
+        store(kms).open(engine)
+    assert f"data key {bootstrap['key_id']} of provider none is now retired" in caplog.text
+    assert f"data key {stored(engine)[2]['key_id']} of provider vault is now primary" in caplog.text
+
+
+def test_an_adopted_key_beside_a_live_process_is_the_only_one_logged(
+    sqlite_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = create_engine(sqlite_url)
+    deployment = Deployment(engine, tmp_path)
+    bootstrap = deployment.open(provider=None).keyring.primary_key_id
+    deployment.heartbeat(holds={bootstrap}, under=bootstrap)
+    with caplog.at_level(logging.INFO):
+        deployment.open()
+    assert deployment.row(bootstrap).state is State.PRIMARY
+    assert "is now pending" in caplog.text
+    assert bootstrap not in caplog.text
+    engine.dispose()
+
+
+def test_a_second_provision_makes_nothing_and_says_so(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
+    rows, made = store(kms).provision(engine)
+    assert made
+    kms.calls.clear()
+    again, made = store(kms).provision(engine)
+    assert not made
+    assert [row.key_id for row in again.keys] == [row.key_id for row in rows.keys]
+    assert kms.calls == {}
+
+
+def test_adoption_does_not_build_on_an_audit_trail_that_was_altered(sqlite_url: str, tmp_path: Path) -> None:
+    engine = create_engine(sqlite_url)
+    deployment = Deployment(engine, tmp_path)
+    deployment.open(provider=None)
+    before = deployment.rows()
+    deployment.rewrite_events(lambda rows: [row | {"hash": "ab" * 32} for row in rows])
+    with pytest.raises(errors.AuditTrailError):
+        deployment.open()
+    assert deployment.rows() == before
+    engine.dispose()
+
+
+def test_the_audit_trail_of_a_key_store_that_was_emptied_goes_on(sqlite_deployment: Deployment) -> None:
+    with sqlite_deployment.engine.begin() as connection:
+        connection.execute(delete(KEYS))
+    sqlite_deployment.open()
+    assert sqlite_deployment.actions() == ["provision", "provision"]
+
+
+def test_a_rehearsal_asks_the_kms_for_all_that_a_first_boot_does_and_stores_nothing(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
+    store(kms).rehearse()
+    assert kms.calls == {"wrap": 1, "unwrap": 2}
+    kms.ignores_binding = True
+    with pytest.raises(errors.ProviderResponseError, match="another binding"):
+        store(kms).rehearse()
+    store().rehearse()
+    assert stored(engine) == []
 
 
 def test_another_provider_is_refused_with_both_named(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
@@ -375,12 +516,11 @@ def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store
     assert kms.calls == {}
 
 
-def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(
-    engine: Engine, store: Any, kms: MisbehavingKMS
-) -> None:
+@pytest.mark.parametrize("name", ["azure", "vault"])
+def test_mode_none_still_boots_while_the_first_key_of_a_kms_is_pending(engine: Engine, store: Any, name: str) -> None:
     bootstrap = store().open(engine).keyring.primary_key_id
     control, row = stored(engine)
-    pending = row | {"id": 3, "key_id": "00" * 8, "state": "pending", "primary_of": None, "provider": "vault"}
+    pending = row | {"id": 3, "key_id": "00" * 8, "state": "pending", "primary_of": None, "provider": name}
     _write_signed(engine, BOOTSTRAP.mac_key, [control, row, pending])
     assert store().open(engine).keyring.key_ids == {bootstrap}
 
@@ -501,6 +641,107 @@ def test_a_planted_key_is_refused_even_if_the_kms_would_unwrap_it(engine: Engine
         store(kms).open(engine)
 
 
+def _wrapped_mac_key(control: KeyRow, kms: MisbehavingKMS, key: bytes) -> KeyRow:
+    """Return a control row that names this MAC key, wrapped as the library would wrap it."""
+    bound = binding(MAC_KEYRING, control.required("deployment_id"), key_id_of(key))
+    wrapped = kms.wrap(key, bound, Deadline(10))
+    return replace(
+        control,
+        provider=kms.name,
+        master_key=wrapped.master_key,
+        wrapped_key=to_base64(wrapped.blob),
+        key_check=key_id_of(key).hex(),
+    )
+
+
+def _lower_and_higher(key_id: bytes) -> tuple[bytes, bytes]:
+    """Return two keys, one whose id comes before another in the alphabet, and one whose id comes after it."""
+    keys = [bytes([number]) * 32 for number in range(256)]
+    lower = next(key for key in keys if key_id_of(key) < key_id)
+    return lower, next(key for key in keys if key_id_of(key) > key_id)
+
+
+def test_a_new_mac_key_of_the_kms_is_unwrapped_where_an_older_one_is_known(sqlite_url: str, tmp_path: Path) -> None:
+    engine = create_engine(sqlite_url)
+    deployment = Deployment(engine, tmp_path)
+    deployment.secret_file.unlink()
+    opened = deployment.open()
+    assert opened.mac_key is not None
+    for key in _lower_and_higher(opened.mac_key.key_id):
+        rows = deployment.rows()
+        rows = MacKey(key).sign(replace(rows, control=_wrapped_mac_key(rows.in_control(), deployment.kms, key)))
+        again = deployment.store().reopen(rows, opened)
+        assert again.mac_key is not None
+        assert again.mac_key.key_id == key_id_of(key)
+    engine.dispose()
+
+
+def test_another_mac_key_than_was_wrapped_stops_the_boot(
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path
+) -> None:
+    secret_key.unlink()
+    store(kms).open(engine)
+    recorded = bytes.fromhex(stored(engine)[0]["key_check"])
+    for returned in (b"", b"x" * 31, b"x" * 33, *_lower_and_higher(recorded)):
+        kms.returns = returned
+        with pytest.raises(errors.WrongKeyError, match="another MAC key than was wrapped"):
+            store(kms).open(engine)
+
+
+@pytest.mark.parametrize("size", [31, 33])
+def test_a_mac_key_of_another_length_is_refused_even_if_it_is_the_one_on_record(
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path, size: int
+) -> None:
+    secret_key.unlink()
+    opened = store(kms).open(engine)
+    key = bytes(size)
+    rows = MacKey(key).sign(replace(opened.rows, control=_wrapped_mac_key(opened.rows.in_control(), kms, key)))
+    with pytest.raises(errors.WrongKeyError, match="another MAC key than was wrapped"):
+        store(kms).checked(rows, BootstrapSecrets(None))
+
+
+def test_a_mac_key_that_a_kms_wraps_for_anybody_authenticates_nothing(
+    engine: Engine, store: Any, secret_key: Path
+) -> None:
+    """Whoever has the public key could wrap one that they know, and sign all rows with it."""
+    secret_key.unlink()
+    kms = MisbehavingKMS(name="azure", authenticates=False, binds=False)
+    rows, _ = store(kms).provision(engine, pin_later=True)
+    known = b"known to the attacker, 32 bytes!"
+    planted = MacKey(known).sign(replace(rows, control=_wrapped_mac_key(rows.in_control(), kms, known)))
+    with pytest.raises(errors.ProviderMismatchError, match="The key that authenticates kms_keys"):
+        store(kms).checked(planted, BootstrapSecrets(None))
+
+
+def test_a_mac_key_of_another_kms_or_master_key_is_refused(
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path
+) -> None:
+    secret_key.unlink()
+    rows = store(kms).open(engine).rows
+    control = replace(rows.in_control(), master_key="transit/other:v1")
+    kms.calls.clear()
+    with pytest.raises(errors.ProviderMismatchError, match=r"under 'transit/other:v1', but the settings name 'vault'"):
+        store(kms).checked(replace(rows, control=control), BootstrapSecrets(None))
+    with pytest.raises(errors.ProviderMismatchError, match=r"wrapped by 'vault'.*, but the settings name 'none'"):
+        store().checked(StoredRows(rows.in_control(), ()), BootstrapSecrets(None))
+    assert kms.calls == {}
+
+
+def test_a_process_tells_with_which_keys_it_verifies_rows(
+    engine: Engine, store: Any, kms: MisbehavingKMS, secret_key: Path
+) -> None:
+    mine, following = MacKey(BOOTSTRAP.mac_key), MacKey(BootstrapSecret.from_secret(NEXT).mac_key)
+    assert store().open(engine).mac_key_ids == {mine.key_id.hex()}
+    assert store(next_secret=NEXT).open(engine).mac_key_ids == {mine.key_id.hex(), following.key_id.hex()}
+    with engine.begin() as connection:
+        connection.execute(delete(KEYS))
+    secret_key.unlink()
+    opened = store(kms).open(engine)
+    wrapped = stored(engine)[0]["key_check"]
+    assert opened.mac_key_ids == {wrapped}
+    assert store(kms, secret=NEXT).open(engine).mac_key_ids == {wrapped, following.key_id.hex()}
+
+
 # --- With neither: pinned key ids -----------------------------------------------------------------------------------
 
 
@@ -570,6 +811,27 @@ def test_pins_hold_beside_the_macs_too(engine: Engine, store: Any, kms: Misbehav
         store(kms, pinned=frozenset({"00" * 8})).open(engine)
 
 
+def test_mode_none_needs_no_pin_for_the_bootstrap_key(engine: Engine, store: Any) -> None:
+    primary = store().open(engine).keyring.primary_key_id
+    assert store(pinned=frozenset({"00" * 8})).open(engine).keyring.primary_key_id == primary
+
+
+def test_with_a_kms_a_bootstrap_key_that_became_primary_again_must_be_pinned(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
+    """Whoever has the secret could make it that, sign the rows, and read what is written from then on."""
+    rows = store(kms).open(engine).rows
+    bootstrap, wrapped = rows.keys
+    changed = (bootstrap.in_state(State.PRIMARY), wrapped.in_state(State.RETIRED))
+    rows = MacKey(BOOTSTRAP.mac_key).sign(replace(rows, keys=changed))
+    pinned = frozenset({wrapped.required("key_id")})
+    with pytest.raises(errors.UnpinnedKeyError) as caught:
+        store(kms, pinned=pinned).checked(rows, BootstrapSecrets(BOOTSTRAP))
+    assert caught.value.key_id == bootstrap.key_id
+    pinned |= {bootstrap.required("key_id")}
+    assert store(kms, pinned=pinned).checked(rows, BootstrapSecrets(BOOTSTRAP))[1] == list(rows.keys)
+
+
 # --- Deployments and old data ---------------------------------------------------------------------------------------
 
 
@@ -592,8 +854,11 @@ def _table_with(engine: Engine, frame: bytes | str | None, storage: str) -> list
     return [EncryptedColumn(table.c.credentials, storage)]
 
 
-def test_no_fresh_key_is_made_over_values_under_a_lost_one(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
-    lost = Keyring(DataKey.generate())
+@pytest.mark.parametrize("which", [0, 1], ids=["lower id", "higher id"])
+def test_no_fresh_key_is_made_over_values_under_a_lost_one(
+    engine: Engine, store: Any, kms: MisbehavingKMS, which: int
+) -> None:
+    lost = Keyring(DataKey(_lower_and_higher(DataKey(BOOTSTRAP.data_key).key_id)[which]))
     columns = _table_with(engine, lost.encrypt(b"\x01{}", NAME), BINARY)
     with pytest.raises(errors.ExistingDataError, match=rf"plugin\.credentials.*{lost.primary_key_id}"):
         store(kms).open(engine, columns)
@@ -801,12 +1066,14 @@ def test_at_most_one_key_is_primary_on_every_database(engine: Engine, store: Any
 def test_neither_representation_nor_log_shows_a_secret(
     engine: Engine, store: Any, kms: MisbehavingKMS, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key_store = store(kms, secret=SECRET)
+    key_store = store(kms, secret=SECRET, next_secret=NEXT, retired_secrets=(RETIRED,))
     with caplog.at_level(logging.DEBUG):
         opened = key_store.open(engine)
     secret = BootstrapSecret.from_secret(SECRET)
     shown = caplog.text + repr(key_store) + repr(opened) + str(opened)
-    for hidden in (SECRET, secret.data_key, secret.mac_key):
+    assert "rows=" not in shown
+    assert "secrets=" not in shown
+    for hidden in (SECRET, NEXT, RETIRED, secret.data_key, secret.mac_key):
         raw = hidden.encode() if isinstance(hidden, str) else hidden
         for form in (str(hidden), repr(hidden), raw.hex(), b64encode(raw).decode()):
             assert form not in shown
@@ -820,9 +1087,26 @@ def test_nothing_that_holds_a_secret_can_be_pickled_or_copied(engine: Engine, st
                 operation(held)
 
 
+def test_what_a_process_was_started_with_cannot_be_changed_or_listed(engine: Engine, store: Any) -> None:
+    key_store = store()
+    for held in (key_store, key_store.open(engine)):
+        with pytest.raises(FrozenInstanceError):
+            held.deployment_id = None
+        with pytest.raises(TypeError, match="vars"):
+            vars(held)
+    positional: Any = KeyStore
+    with pytest.raises(TypeError, match="positional"):
+        positional(None, SECRET, key_store.secret_file)
+
+
+def test_a_kms_operation_is_bounded_as_the_settings_say_by_default(store: Any) -> None:
+    assert store().timeout == Settings.model_fields["kms_timeout"].default
+
+
 # --- Opening it again -----------------------------------------------------------------------------------------------
 
 NEXT = "the next secret, with as many characters as it takes"
+RETIRED = "the secret of last year, which decrypts what is old"
 NEXT_KEY_ID = DataKey(BootstrapSecret.from_secret(NEXT).data_key).key_id.hex()
 
 
@@ -830,9 +1114,10 @@ def test_only_what_is_new_is_unwrapped_when_it_is_opened_again(running: Deployme
     opened = running.open()
     made = rotate(running.operator())
     assert made is not None
-    calls = running.kms.calls.copy()
-    again = running.store().reopen(running.rows(), opened)
+    calls, blocked = running.kms.calls.copy(), Blocked()
+    again = running.store().reopen(running.rows(), opened, blocking=blocked)
     assert running.kms.calls - calls == {"unwrap": 1}
+    assert blocked.calls == 1
     assert again.keyring.key_ids == opened.keyring.key_ids | {made.key_id}
     assert again.keyring.primary_key_id == opened.keyring.primary_key_id
     assert (again.missing, again.rows, again.secrets) == (frozenset(), running.rows(), opened.secrets)
@@ -895,6 +1180,38 @@ def test_a_retired_key_that_came_back_is_needed(running: Deployment) -> None:
     running.kms.down = True
     with pytest.raises(errors.ProviderUnavailableError):
         running.store().reopen(running.rows(), opened)
+
+
+def test_a_pending_key_is_not_taken_for_a_primary_that_is_missing(running: Deployment) -> None:
+    opened = running.open()
+    rotate(running.operator())
+    rows = running.rows()
+    keys = [row.in_state(State.RETIRED) if row.state is State.PRIMARY else row for row in rows.keys]
+    rows = MacKey(BOOTSTRAP.mac_key).sign(replace(rows, keys=tuple(keys)))
+    with pytest.raises(errors.MalformedRowError, match="No data key in kms_keys is primary"):
+        running.store().reopen(rows, opened)
+
+
+def test_each_state_of_a_key_means_what_it_says(running: Deployment) -> None:
+    made = [running.key_id(State.PRIMARY)]
+    for _ in range(3):
+        rotate(running.operator())
+        promote(running.operator())
+        made.append(running.key_id(State.PRIMARY))
+    frames = [Keyring(key).encrypt(b"\x01{}", NAME) for one in made if (key := running.open().keyring.data_key(one))]
+    with changing(running.operator()) as change:
+        rows = change.rows.with_key(running.row(made[0]).in_state(State.DESTROYED))
+        change.save(rows.with_key(running.row(made[1]).in_state(State.DISABLED)), "test")
+    keyring = running.open().keyring
+    with pytest.raises(errors.DestroyedKeyError):
+        keyring.decrypt(frames[0], NAME)
+    with pytest.raises(errors.DisabledKeyError):
+        keyring.decrypt(frames[1], NAME)
+    assert [keyring.decrypt(frame, NAME) for frame in frames[2:]] == [b"\x01{}", b"\x01{}"]
+    primary, others = keyring.verifying(accept_bootstrap=True)
+    assert primary.key_id.hex() == made[3]
+    # The newest first.
+    assert [key.key_id.hex() for key in others] == [made[2], DataKey(BOOTSTRAP.data_key).key_id.hex()]
 
 
 def test_a_key_store_that_went_back_is_refused(running: Deployment) -> None:
@@ -974,6 +1291,17 @@ def test_the_next_secret_verifies_and_a_retired_one_only_decrypts(sqlite_deploym
     # The file is read beside a secret as long as a row says that a key came from it.
     secrets = deployment.store(secret=NEXT).secrets(deployment.rows())
     assert (secrets.current, secrets.retired) == (following, (BOOTSTRAP,))
+
+
+def test_the_file_is_not_read_beside_a_secret_unless_a_key_came_from_it(engine: Engine, store: Any) -> None:
+    current = BootstrapSecrets(BootstrapSecret.from_secret(SECRET))
+    opened = store(secret=SECRET).open(engine)
+    assert store(secret=SECRET).secrets(opened.rows) == current
+    # What a KMS calls a master key is its own affair.
+    for name in ("azure", "vault"):
+        (row,) = opened.rows.keys
+        rows = replace(opened.rows, keys=(replace(row, provider=name, master_key="file"),))
+        assert store(secret=SECRET).secrets(rows) == current
 
 
 # --- A standby --------------------------------------------------------------------------------------------------------
