@@ -1,8 +1,8 @@
 """A process that counts in encrypted rows without a rest, and looks at the key store only if it must.
 
 Run as a program with the database's URL and the names of the ways in which it changes rows; it configures itself from
-the environment. On a line with an event of an engine, it inserts a row, and stops there until the next line. At the end
-of its input it says what it did.
+the environment. On the line ``pause`` it stops until the next line; on one with an event of an engine, it inserts a row,
+and stops there. At the end of its input it says what it did.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def change_blindly(engine: Engine, row: int) -> bool:
     return True
 
 
+def wait_at(place: str) -> None:
+    """Say where it is, and wait for the next line."""
+    print(place, flush=True)  # noqa: T201 - to the test
+    sys.stdin.readline()
+
+
 WAYS: Final = {"orm": change_by_orm, "core": change_by_core, "blindly": change_blindly}
 
 
@@ -82,8 +88,7 @@ def insert_held(engine: Engine, number: int, at: str) -> None:
 
     def wait(_connection: object, *more: Any) -> None:
         if not more or more[1].startswith("INSERT INTO stale_tally"):
-            print("held", flush=True)  # noqa: T201 - to the test
-            sys.stdin.readline()
+            wait_at("held")
 
     with Session(engine) as session:
         session.add(Tally(id=number, version=0, content={"count": 0}))
@@ -105,7 +110,10 @@ def main(url: str, ways: list[str]) -> None:
             line = sys.stdin.readline().strip()
             if not line:
                 break
-            insert_held(engine, next(numbers), line)
+            if line == "pause":
+                wait_at("paused")
+            else:
+                insert_held(engine, next(numbers), line)
         row, change = turn % ROWS, WAYS[ways[turn // ROWS % len(ways)]]
         try:
             counted[row] += change(engine, row)
@@ -151,6 +159,14 @@ class StaleWriter:
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
+
+    def pause(self) -> None:
+        """Have it stop between two transactions."""
+        self.says("pause")
+        self.hears("paused")
+
+    def resume(self) -> None:
+        self.says("go")
 
     def hold(self, at: Literal["before_cursor_execute", "commit"]) -> None:
         """Have it insert a row, and stop when the value is encrypted and not sent, or when it is not committed."""
