@@ -246,10 +246,13 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
         shard = _shard(next(one.column for one in shards if one.column.place == place), row)
         # SQLite has no lock on rows: there, somebody may have been faster, and the condition does not hold any more.
         taken = update(_REKEYS).where(_any_of([shard]), free).values(worker=worker, leased_until=_lease_end())
-        if _execute(connection, taken) == 1:
+        count = _execute(connection, taken)
+        if count == 1:
             connection.commit()
             return Claim(shard, worker, row["position"])
         connection.rollback()
+        if count:  # more than the primary key allows, so somebody has dropped it
+            raise _malformed()
 
 
 def advance(connection: Connection, claimed: Claim, position: str | None, counts: Counts) -> bool:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, event, select, update
 
 from sqlalchemy_kravn_crypto import exceptions as errors
 from sqlalchemy_kravn_crypto import ledger
@@ -201,6 +201,28 @@ def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
         connection.exec_driver_sql("UPDATE kms_rekeys SET rows_total = 9e999")
         with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
             ledger.progress(connection)
+
+
+def test_a_shard_that_is_there_twice_is_tried_once() -> None:
+    """Whoever owns the database can drop the primary key."""
+    engine = engine_of("sqlite://")
+    with ready(engine) as connection:
+        ledger.write_plan(connection, A, KEY, [], 1)
+        shards = ledger.planned_shards(connection, [A], KEY)
+        connection.exec_driver_sql("CREATE TABLE copied AS SELECT * FROM kms_rekeys")
+        connection.exec_driver_sql("INSERT INTO copied SELECT * FROM kms_rekeys")
+        connection.exec_driver_sql("DROP TABLE kms_rekeys")
+        connection.exec_driver_sql("ALTER TABLE copied RENAME TO kms_rekeys")
+        connection.commit()
+        executed: list[str] = []
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def _count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            executed.append(statement)
+            assert len(executed) <= 2
+
+        with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):
+            ledger.claim(connection, "me", shards)
 
 
 def test_text_that_is_no_utf8_is_no_plan() -> None:
