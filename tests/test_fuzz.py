@@ -107,7 +107,7 @@ BRACKETS, BRACKETS_SIZE = b"[" * 250, 250 << 16
 
 LARGE = {
     "a frame that is none": Large("binary-frames", lambda: bytes([RAW]) + bytes(16 * MB), 16 * MB, 2),
-    # The parser of JSON takes twelve times the size of its input for a moment.
+    # Most of it is what the parser of JSON takes for a moment.
     "JSON of one text": Large("binary-frames", lambda: JSON + b'"' + b"a" * 16 * MB + b'"', 16 * MB, 17, read=True),
     "JSON that is nested": Large("binary-frames", lambda: JSON + b"[" * 90_000 + b"]" * 90_000, 180_000, 17),
     "JSON without an end": Large("binary-frames", lambda: JSON + b"[" * 16 * MB, 16 * MB, 17),
