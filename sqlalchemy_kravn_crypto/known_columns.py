@@ -168,7 +168,7 @@ _PLACE: Final = _Row._fields[:3]
 
 def _stored(connection: Connection) -> list[_Row]:
     statement = select(*(_COLUMNS.c[name] for name in _Row._fields))
-    found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).all(), _no_text)
+    found = decoded(lambda: list(connection.execute(statement, execution_options=OWN_TABLES)), _no_text)
     return [_Row(*row) for row in found]
 
 
