@@ -506,6 +506,17 @@ def test_the_bootstrap_secret_is_still_needed_after_adoption(
         store(kms).open(engine)
 
 
+def test_adoption_does_not_bring_back_a_bootstrap_key_that_was_disabled(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
+    store().open(engine)
+    control, row = stored(engine)
+    disabled = row | {"id": 3, "key_id": "00" * 8, "state": "disabled", "primary_of": None}
+    _write_signed(engine, BOOTSTRAP.mac_key, [control, row, disabled])
+    store(kms).open(engine)
+    assert states(engine) == [("none", "retired"), ("none", "disabled"), ("vault", "primary")]
+
+
 def test_adoption_does_not_build_on_rows_that_were_altered(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     store().open(engine)
     tamper(engine, 2, closing="now")
