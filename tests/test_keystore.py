@@ -847,11 +847,13 @@ def test_with_a_kms_a_bootstrap_key_that_became_primary_again_must_be_pinned(
 
 
 def test_the_deployment_id_is_recorded_and_another_is_refused(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
-    mine, other = str(uuid.uuid4()), str(uuid.uuid4())
+    mine = str(uuid.uuid4())
     assert store(kms, deployment_id=mine).open(engine).deployment_id == mine
     assert store(kms).open(engine).deployment_id == mine
-    with pytest.raises(errors.DeploymentMismatchError, match=other):
-        store(kms, deployment_id=other).open(engine)
+    # One that comes before it in the alphabet, and one that comes after it.
+    for other in ("00000000-0000-4000-8000-000000000000", "ffffffff-ffff-4fff-bfff-ffffffffffff"):
+        with pytest.raises(errors.DeploymentMismatchError, match=other):
+            store(kms, deployment_id=other).open(engine)
 
 
 def _table_with(engine: Engine, frame: bytes | str | None, storage: str) -> list[EncryptedColumn]:
