@@ -405,7 +405,9 @@ def test_mode_none_is_refused_after_a_kms(engine: Engine, store: Any, name: str)
 @pytest.mark.parametrize("name", ["azure", "vault"])
 def test_only_the_bootstrap_key_counts_as_one(engine: Engine, store: Any, name: str) -> None:
     """Signatures under it are not good any more where the primary is a KMS's, unless they are accepted."""
-    keyring = store(MisbehavingKMS(name=name)).open(engine).keyring
+    kms = MisbehavingKMS(name=name)
+    store(kms).open(engine)
+    keyring = store(kms).open(engine).keyring  # of what is in the database, now
     assert keyring.verifying(accept_bootstrap=False)[1] == []
     assert [key.key_id for key in keyring.verifying(accept_bootstrap=True)[1]] == [DataKey(BOOTSTRAP.data_key).key_id]
 
