@@ -13,6 +13,7 @@ import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -669,9 +670,9 @@ def _wrapped_mac_key(control: KeyRow, kms: MisbehavingKMS, key: bytes) -> KeyRow
 
 def _lower_and_higher(key_id: bytes) -> tuple[bytes, bytes]:
     """Return two keys, one whose id comes before another in the alphabet, and one whose id comes after it."""
-    keys = [bytes([number]) * 32 for number in range(256)]
-    lower = next(key for key in keys if key_id_of(key) < key_id)
-    return lower, next(key for key in keys if key_id_of(key) > key_id)
+    lower = (key for number in count() if key_id_of(key := number.to_bytes(32, "big")) < key_id)
+    higher = (key for number in count() if key_id_of(key := number.to_bytes(32, "big")) > key_id)
+    return next(lower), next(higher)
 
 
 def test_a_new_mac_key_of_the_kms_is_unwrapped_where_an_older_one_is_known(sqlite_url: str, tmp_path: Path) -> None:
