@@ -1,8 +1,8 @@
 """A process that counts in encrypted rows without a rest, and looks at the key store only if it must.
 
 Run as a program with the database's URL and the names of the ways in which it changes rows; it configures itself from
-the environment. On the line ``pause`` it stops until the next line; on one with an event of an engine, it inserts a row,
-and stops there. At the end of its input it says what it did.
+the environment. On the line ``pause`` it stops until the next line; on one with an event of an engine, it inserts a
+row, and stops there. At the end of its input it says what it did.
 """
 
 from __future__ import annotations
