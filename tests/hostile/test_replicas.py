@@ -441,7 +441,7 @@ class Mortal:
         numbers = plan.shard, plan.lower_bound, plan.position, plan.rows_seen, plan.rekeyed, plan.conflicts
         times = plan.leased_until.is_not(None), plan.finished_at.is_not(None)
         with self.engine.connect() as connection:
-            clear = connection.execute(select(STORED.c.id, STORED.c.clear).order_by(STORED.c.id)).all()
+            clear = connection.execute(select(STORED.c.id, STORED.c["clear"]).order_by(STORED.c.id)).all()
             planned = connection.execute(select(*numbers, *times).order_by(plan.shard)).all()
         under = [parse(frame).key_id for number, frame in self.frames().items() if number != CORRUPT]
         return (*map(tuple, clear), *map(tuple, planned), *under)
