@@ -21,7 +21,7 @@ from sqlalchemy import Connection, insert, select
 from .clock import as_utc, for_database, read_database_time
 from .derivation import length_prefixed
 from .exceptions import AuditTrailError
-from .rows import OWN_TABLES, StoredRows, decoded, read_rows
+from .rows import OWN_TABLES, StoredRows, fetch_all, read_rows
 from .schema import TABLES
 
 _EVENTS: Final = TABLES.events
@@ -113,8 +113,7 @@ def hash_of_newest(connection: Connection) -> str | None:
 
 def _newest(connection: Connection) -> tuple[int, str | None]:
     statement = select(_EVENTS.c.id, _EVENTS.c.hash).order_by(_EVENTS.c.id.desc()).limit(1)
-    newest = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).first(), _no_text)
-    return (0, None) if newest is None else (newest.id, newest.hash)
+    return next(((newest.id, newest.hash) for newest in fetch_all(connection, statement, _no_text)), (0, None))
 
 
 def hash_of(values: Mapping[str, Any]) -> str:
@@ -190,8 +189,8 @@ def _event(values: dict[str, Any]) -> Event:
 def _rows(connection: Connection) -> list[dict[str, Any]]:
     statement = select(_EVENTS).order_by(_EVENTS.c.id)
     try:
-        found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(), _no_text)
-        return [row | {"occurred_at": as_utc(row["occurred_at"])} for row in map(dict, found)]
+        found = fetch_all(connection, statement, _no_text)
+        return [row._asdict() | {"occurred_at": as_utc(row.occurred_at)} for row in found]
     except (AttributeError, OverflowError, TypeError, ValueError):  # on SQLite a time may be anything
         pass
     raise _broken("the time of an event is none")

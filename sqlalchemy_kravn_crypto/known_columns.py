@@ -36,7 +36,7 @@ from .ciphertext import KEY_PREFIX_SIZE, TEXT_KEY_PREFIX_SIZE, key_prefix, text_
 from .columns import BINARY, TEXT, EncryptedColumn
 from .exceptions import ColumnUnreachableError, MalformedRowError, UnsupportedDatabaseError
 from .row_identity import IdentityColumn, Kind, identity_text
-from .rows import OWN_TABLES, decoded
+from .rows import OWN_TABLES, fetch_all
 from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
 
@@ -168,15 +168,9 @@ _PLACE: Final = _Row._fields[:3]
 
 def _stored(connection: Connection) -> list[_Row]:
     statement = select(*(_COLUMNS.c[name] for name in _Row._fields))
-    found = decoded(lambda: list(connection.execute(statement, execution_options=OWN_TABLES)), _no_text)
-    return [_Row(*row) for row in found]
-
-
-def _no_text() -> MalformedRowError:
-    return MalformedRowError(
-        "A text in kms_columns is none. Find out who writes to the table, and delete the row; the next process that "
-        "starts and declares the column writes it anew."
-    )
+    return [
+        _Row(*row) for row in fetch_all(connection, statement, lambda: _malformed("A text in kms_columns is none."))
+    ]
 
 
 def _row(known: KnownColumn) -> _Row:
@@ -191,20 +185,21 @@ def _parsed(row: _Row) -> KnownColumn:
             _identifier(row.schema_name),
             _identifier(row.table_name),
             _identifier(row.column_name),
-            _STORAGES[row.storage],
+            _storage(row.storage),
             _text(row.name),
             tuple(map(_text, _listed(row.earlier_names))),
             tuple(IdentityColumn(_identifier(name), Kind(kind)) for name, kind in _listed(row.row_identity)),
         )
-    except (KeyError, RecursionError, TypeError, ValueError):
+    except (RecursionError, TypeError, ValueError):
         pass
-    raise MalformedRowError(
-        f"The row of kms_columns {_place_shown(row)} is not one that this library writes. Find out who writes to the "
-        "table, and delete the row; the next process that starts and declares the column writes it anew."
+    raise _malformed(f"The row of kms_columns {_place_shown(row)} is not one that this library writes.")
+
+
+def _malformed(what: str) -> MalformedRowError:
+    return MalformedRowError(
+        f"{what} Find out who writes to the table, and delete the row; the next process that starts and declares the "
+        "column writes it anew."
     )
-
-
-_STORAGES: Final = {storage: storage for storage in (BINARY, TEXT)}
 
 
 def _text(value: Any) -> str:
@@ -214,9 +209,17 @@ def _text(value: Any) -> str:
 
 
 def _identifier(value: Any) -> str:
-    if "\0" in _text(value):  # no database has such a name, and some drivers refuse the query
+    name = _text(value)
+    if "\0" in name:  # no database has such a name, and some drivers refuse the query
         raise ValueError
-    return str(value)
+    return name
+
+
+def _storage(value: Any) -> str:
+    storage = _text(value)
+    if storage not in {BINARY, TEXT}:
+        raise ValueError
+    return storage
 
 
 def _listed(stored: Any) -> list[Any]:

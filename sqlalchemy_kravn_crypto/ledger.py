@@ -35,7 +35,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from .clock import database_now
 from .exceptions import MalformedRowError
 from .known_columns import KnownColumn
-from .rows import OWN_TABLES, decoded
+from .rows import OWN_TABLES, fetch_all
 from .schema import TABLES
 
 LEASE: Final = timedelta(seconds=60)
@@ -153,8 +153,8 @@ def _shards(
     statement = _SHARDS.where(_of(by_place.values()), _C.key_id == key_id, condition).order_by(
         _C.schema_name, _C.table_name, _C.column_name, _C.shard
     )
-    found = _all(connection, statement)
-    return [_shard(by_place[row["schema_name"], row["table_name"], row["column_name"]], row) for row in found]
+    found = fetch_all(connection, statement, _malformed)
+    return [_shard(by_place[row.schema_name, row.table_name, row.column_name], row) for row in found]
 
 
 def write_plan(connection: Connection, column: KnownColumn, key_id: str, bounds: Sequence[str], rows: int) -> None:
@@ -203,8 +203,8 @@ def _row(shard: Shard) -> dict[str, Any]:
 
 
 def _shard(column: KnownColumn, row: Any) -> Shard:
-    shard = Shard(column, row["shard"], row["key_id"], row["lower_bound"], row["upper_bound"], row["rows_total"])
-    texts = (shard.lower, shard.upper, row["position"])
+    shard = Shard(column, row.shard, row.key_id, row.lower_bound, row.upper_bound, row.rows_total)
+    texts = (shard.lower, shard.upper, row.position)
     numbers = (shard.number, shard.rows)
     if not all(type(number) is int for number in numbers) or not all(isinstance(one, str | None) for one in texts):
         raise _malformed()
@@ -237,11 +237,11 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
         .with_for_update(skip_locked=True)
     )
     while True:
-        row = next(iter(_all(connection, statement)), None)
+        row = next(iter(fetch_all(connection, statement, _malformed)), None)
         if row is None:
             connection.rollback()
             return None
-        place = row["schema_name"], row["table_name"], row["column_name"]
+        place = row.schema_name, row.table_name, row.column_name
         # With the bounds on record, which are others where the same was planned once more.
         shard = _shard(next(one.column for one in shards if one.column.place == place), row)
         # SQLite has no lock on rows: there, somebody may have been faster, and the condition does not hold any more.
@@ -249,7 +249,7 @@ def claim(connection: Connection, worker: str, shards: Sequence[Shard]) -> Claim
         count = _execute(connection, taken)
         if count == 1:
             connection.commit()
-            return Claim(shard, worker, row["position"])
+            return Claim(shard, worker, row.position)
         connection.rollback()
         if count:  # more than the primary key allows, so somebody has dropped it
             raise _malformed()
@@ -297,9 +297,8 @@ def progress(connection: Connection) -> list[Progress]:
     sums = (func.sum(_C[name]) for name in ("rows_total", "rows_seen", "rekeyed", "conflicts", "unreadable"))
     shards = func.count(), func.count(_C.shard) - func.count(_C.finished_at)
     statement = select(*place, _C.key_id, *sums, *shards).group_by(*place, _C.key_id).order_by(*place, _C.key_id)
-    found = _all(connection, statement)
     try:
-        return [_progress(*row.values()) for row in found]
+        return [_progress(*row) for row in fetch_all(connection, statement, _malformed)]
     except (ArithmeticError, TypeError, ValueError):  # SQLite keeps any value in any column
         pass
     raise _malformed()
@@ -309,10 +308,6 @@ def _progress(schema: str, table: str, column: str, key_id: Any, *numbers: int) 
     if not isinstance(key_id, str):
         raise TypeError
     return Progress(".".join(filter(None, (schema, table, column))), key_id, *map(int, numbers))
-
-
-def _all(connection: Connection, statement: Any) -> Sequence[Any]:
-    return decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(), _malformed)
 
 
 def _of(columns: Iterable[KnownColumn]) -> ColumnElement[bool]:

@@ -145,13 +145,13 @@ class Worker:
         values = self.values_of(claimed.shard)
         position = claimed.position
         counts = Counts()
-        for is_last in (*[False] * (_PASSES - 1), True):
+        for passes_left in reversed(range(_PASSES)):
             done, has_it = self._pass(claimed, values, None if position is None else values.keys.from_text(position))
             # What does not decrypt was counted by the pass before, too.
             counts = Counts(counts.rekeyed, counts.conflicts) + done.counts
             if not has_it:
                 break
-            if is_last or not (done.counts.conflicts and done.counts.rekeyed):
+            if not (passes_left and done.counts.conflicts and done.counts.rekeyed):
                 finish(self.connection, claimed)
                 break
             # Who was faster or had a row locked may be done by now, so from the beginning.

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from .clock import as_utc, database_now
 from .exceptions import MalformedRowError
-from .rows import OWN_TABLES, decoded
+from .rows import OWN_TABLES, fetch_all
 from .schema import TABLES
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def read_replicas(connection: Connection) -> list[Replica]:
     :raises MalformedRowError: if a row is not one that this library writes.
     """
     statement = select(_REPLICAS, database_now().label("now")).order_by(_REPLICAS.c.started_at, _REPLICAS.c.replica_id)
-    return _each(connection, statement, lambda row: _replica(dict(row._mapping)))  # noqa: SLF001 - public by its docs
+    return _each(connection, statement, lambda row: _replica(row._asdict()))
 
 
 def live_replicas(connection: Connection) -> list[Replica]:
@@ -123,8 +123,7 @@ def forget_dead(connection: Connection, age: timedelta) -> int:
 
 def _each(connection: Connection, statement: Select[Any], take: Callable[[Any], T]) -> list[T]:
     try:
-        found = decoded(lambda: connection.execute(statement, execution_options=OWN_TABLES).all(), _malformed)
-        return [take(row) for row in found]
+        return [take(row) for row in fetch_all(connection, statement, _malformed)]
     except (ArithmeticError, AttributeError, TypeError, ValueError):
         pass
     raise _malformed()

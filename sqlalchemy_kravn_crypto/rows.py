@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.constant_time import bytes_eq
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
-from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
+from sqlalchemy import Connection, Engine, Select, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from .base64_text import from_base64, to_base64
@@ -27,8 +27,6 @@ from .exceptions import (
 )
 from .schema import CONTROL_ROW_ID, TABLES, State
 from .secrecy import KeepsSecret
-
-T = TypeVar("T")
 
 KEYRING: Final = "default"
 """The name of the one keyring of a process."""
@@ -230,13 +228,13 @@ def connect(engine: Engine) -> Iterator[Connection]:
         yield connection.execution_options(**OWN_TABLES)
 
 
-def decoded(read: Callable[[], T], malformed: Callable[[], KeyStoreError]) -> T:
-    """Return what is read from our own tables.
+def fetch_all(connection: Connection, statement: Select[Any], malformed: Callable[[], KeyStoreError]) -> list[Any]:
+    """Return all rows of a statement about our own tables.
 
     :param malformed: returns what to raise if SQLite has text there that is no UTF-8, which its driver gives to nobody.
     """
     try:
-        return read()
+        return list(connection.execute(statement, execution_options=OWN_TABLES))
     except OperationalError as error:
         if _NOT_UTF8 not in str(error.orig):
             raise
@@ -276,17 +274,13 @@ def select_rows(connection: Connection) -> StoredRows:
 
     :raises MalformedRowError: if a row is not one that this library writes.
     """
-    statement = select(_KEYS).order_by(_KEYS.c.id)
     try:
-        found = decoded(
-            lambda: connection.execute(statement, execution_options=OWN_TABLES).mappings().all(),
-            lambda: MalformedRowError("A text in kms_keys is none. Restore the table from a backup."),
-        )
+        found = fetch_all(connection, select(_KEYS).order_by(_KEYS.c.id), _no_text)
     except (TypeError, ValueError):  # on SQLite a time may be anything
         found = None
     if found is None:
         raise MalformedRowError("A time in kms_keys is none. Restore the table from a backup.")
-    rows = tuple(_key_row(dict(row)) for row in found)
+    rows = tuple(_key_row(row._asdict()) for row in found)
     controls = [row for row in rows if row.id == CONTROL_ROW_ID]
     keys = tuple(row for row in rows if row.id != CONTROL_ROW_ID)
     if keys and not controls:
@@ -298,6 +292,10 @@ def select_rows(connection: Connection) -> StoredRows:
             "them. Find out who changes the table, and restore it from a backup."
         )
     return StoredRows(controls[0] if controls else None, keys)
+
+
+def _no_text() -> MalformedRowError:
+    return MalformedRowError("A text in kms_keys is none. Restore the table from a backup.")
 
 
 def _key_row(values: dict[str, Any]) -> KeyRow:
