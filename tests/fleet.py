@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +15,7 @@ from random import Random
 from typing import Final
 
 from tests.fleet_worker import Board
+from tests.processes import forked
 
 WRITERS: Final = 6
 READERS: Final = 4
@@ -202,29 +201,14 @@ def fleet(url: str, variables: Mapping[str, str], directory: Path, seed: int) ->
 
     :param variables: the settings, by their names without the prefix.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
-    environment |= {f"KRAVN_{name}": value for name, value in variables.items()}
     size = WRITERS + READERS + SPARES
     with ExitStack() as stack:
         board = Board(directory / "board", size)
         stack.callback(board.close)
-        pairs = [socket.socketpair() for _ in range(size)]
-        theirs = [stack.enter_context(pair[1]) for pair in pairs]
-        ours = [stack.enter_context(pair[0]) for pair in pairs]
-        descriptors = [channel.fileno() for channel in theirs]
-        program = subprocess.Popen(
-            [sys.executable, str(_WORKER), url, str(directory / "board"), str(seed), *map(str, descriptors)],
-            pass_fds=descriptors,
-            env=environment,
-            cwd=directory,
-            start_new_session=True,
-        )
-        stack.callback(program.wait)
-        stack.callback(os.killpg, program.pid, signal.SIGKILL)
-        for channel in theirs:
-            channel.close()
+        arguments = [url, str(directory / "board"), str(seed)]
+        channels = stack.enter_context(forked(_WORKER, arguments, size, variables, directory))
         members = []
-        for number, channel in enumerate(ours):
+        for number, channel in enumerate(channels):
             members.append(Member(number, channel, board))
             stack.callback(members[-1].close)
         yield Fleet(members)

@@ -1,9 +1,13 @@
 """What the tests ask of the system about processes."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +21,43 @@ def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> N
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def environment_with(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of this process with these settings of the library and no others.
+
+    :param settings: by their names without the prefix.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
+    return inherited | {f"KRAVN_{name}": value for name, value in settings.items()}
+
+
+@contextmanager
+def forked(
+    worker: Path, arguments: Sequence[str], number: int, settings: Mapping[str, str], directory: Path
+) -> Iterator[list[socket.socket]]:
+    """Start a program that forks a process for each of so many sockets, give the other ends, and end them all.
+
+    :param worker: the program; it gets the descriptors of its ends behind its arguments.
+    :param settings: those of the library, by their names without the prefix.
+    """
+    with ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(number)]
+        theirs = [stack.enter_context(pair[1]) for pair in pairs]
+        ours = [stack.enter_context(pair[0]) for pair in pairs]
+        descriptors = [channel.fileno() for channel in theirs]
+        program = subprocess.Popen(
+            [sys.executable, str(worker), *arguments, *map(str, descriptors)],
+            pass_fds=descriptors,
+            env=environment_with(settings),
+            cwd=directory,
+            start_new_session=True,
+        )
+        stack.callback(program.wait)
+        stack.callback(os.killpg, program.pid, signal.SIGKILL)
+        for channel in theirs:
+            channel.close()
+        yield ours
 
 
 def is_running(number: int) -> bool:

@@ -23,6 +23,7 @@ from sqlalchemy.types import LargeBinary
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure
 from sqlalchemy_kravn_crypto.context import current_keyring
+from tests.processes import environment_with
 
 ROOT = Path(__file__).parents[1]
 _PATIENCE = 120.0  # seconds for one answer
@@ -108,7 +109,6 @@ class Program:
     """
 
     def __init__(self, url: str, environment: Mapping[str, str]) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it is closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.program", url],
@@ -116,7 +116,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=ROOT,
-            env=inherited | dict(environment),
+            env=environment_with({}) | dict(environment),
             text=True,
         )
         try:

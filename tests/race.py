@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Final
 from sqlalchemy import Engine, text
 
 from tests.openbao import OpenBao
-from tests.processes import wait_until
+from tests.processes import forked, wait_until
 
 REPLICAS: Final = 12
 PATIENCE: Final = 120.0
@@ -54,25 +50,9 @@ class Replica:
 @contextmanager
 def replicas(url: str, variables: dict[str, str], directory: Path) -> Iterator[list[Replica]]:
     """Start the processes, and end them all."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
-    environment |= {f"KRAVN_{name}": value for name, value in variables.items()}
     with ExitStack() as stack:
-        pairs = [socket.socketpair() for _ in range(REPLICAS)]
-        theirs = [stack.enter_context(pair[1]) for pair in pairs]
-        ours = [stack.enter_context(pair[0]) for pair in pairs]
-        descriptors = [channel.fileno() for channel in theirs]
-        program = subprocess.Popen(
-            [sys.executable, str(_WORKER), url, *map(str, descriptors)],
-            pass_fds=descriptors,
-            env=environment,
-            cwd=directory,
-            start_new_session=True,
-        )
-        stack.callback(program.wait)
-        stack.callback(os.killpg, program.pid, signal.SIGKILL)
-        for channel in theirs:
-            channel.close()
-        started = [Replica(channel) for channel in ours]
+        channels = stack.enter_context(forked(_WORKER, [url], REPLICAS, variables, directory))
+        started = [Replica(channel) for channel in channels]
         for replica in started:
             stack.callback(replica.close)
         yield started

@@ -1,7 +1,6 @@
 """The command line, as an operator uses it: processes, exit codes, lines."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from sqlalchemy_kravn_crypto.migrate import migrate
 from tests.fixtures_postgres import asynchronous
 from tests.misbehaving_kms import MisbehavingKMS
 from tests.openbao import OpenBao
+from tests.processes import environment_with
 
 DOCS = Path(__file__).parents[1] / "docs"
 SECRET = "MARKER-of-the-secret-with-enough-characters"
@@ -46,8 +46,7 @@ def run(tmp_path: Path) -> Run:
     """Run a command in an empty directory, with these KRAVN_* variables and no others."""
 
     def command(*arguments: str, url: str | None = None, **variables: str) -> Result:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
-        environment |= {f"KRAVN_{name}": value for name, value in variables.items()}
+        environment = environment_with(variables)
         if url is not None:
             environment["DATABASE_URL"] = url
         command_line = [sys.executable, "-m", "sqlalchemy_kravn_crypto", *arguments]

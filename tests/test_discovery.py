@@ -21,6 +21,7 @@ from sqlalchemy_kravn_crypto.providers.credentials import Credential
 from sqlalchemy_kravn_crypto.providers.discovery import GROUP, RESERVED, installed, parameters, provider_from
 from sqlalchemy_kravn_crypto.settings import Provider, Settings, StandbySettings, known_variables
 from tests.leaks import leaked
+from tests.processes import environment_with
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "file_provider.py"
 SECRET = "MARKER-of-a-secret-that-no-error-shows"
@@ -479,14 +480,12 @@ class Machine:
         }
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
-        given = {f"KRAVN_{name}": value for name, value in (self.environment | environment).items()}
         paths = {"PYTHONPATH": str(self.site), "DATABASE_URL": "sqlite:///x.db"}
         return subprocess.run(
             [sys.executable, "-W", "error", *arguments],
             check=False,
             cwd=self.directory,
-            env=inherited | given | paths,
+            env=environment_with(self.environment | environment) | paths,
             capture_output=True,
             text=True,
             timeout=120,

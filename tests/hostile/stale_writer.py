@@ -24,6 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure, reset
 from sqlalchemy_kravn_crypto.exceptions import KravnCryptoError
+from tests.processes import environment_with
 
 ROWS: Final = 6
 _ROOT: Final = Path(__file__).parents[2]
@@ -130,7 +131,6 @@ class StaleWriter:
     """One process of the program, which is at work when this returns."""
 
     def __init__(self, url: str, variables: Mapping[str, str], ways: Collection[str]) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it is closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hostile.stale_writer", url, *ways],
@@ -138,7 +138,7 @@ class StaleWriter:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=_ROOT,
-            env=inherited | {f"KRAVN_{name}": value for name, value in variables.items()},
+            env=environment_with(variables),
             text=True,
         )
         self.counted = Counter[int]()

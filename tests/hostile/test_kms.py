@@ -76,6 +76,7 @@ from tests.hostile_http2 import http2_server
 from tests.hostile_server import HostileServer, Listener, Raw, answers
 from tests.leaks import found_in, leaked
 from tests.openbao import OpenBao
+from tests.processes import environment_with
 from tests.scripted_server import ScriptedServer
 from tests.softhsm import Token
 from tests.test_pkcs11 import worker
@@ -784,8 +785,7 @@ class Deployment:
         return self._run("-m", "sqlalchemy_kravn_crypto", "provision", "--new-database")
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
-        environment |= self.environment
+        environment = environment_with({}) | self.environment
         return subprocess.run(
             [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
         )

@@ -64,7 +64,7 @@ from tests.hostile.gate import PLACES, Gate
 from tests.hostile.mortal_rekey import CHANGED, Note
 from tests.hostile.stale_writer import ROWS, Base, StaleWriter, Tally
 from tests.openbao import OpenBao
-from tests.processes import wait_until
+from tests.processes import environment_with, wait_until
 from tests.race import PATIENCE, SECRET, lock_holder, outcome, replicas, vault
 from tests.race_worker import Base as RaceBase
 from tests.rekeying import let_leases_lapse
@@ -459,13 +459,12 @@ def mortal(database_url: str, openbao: OpenBao, tmp_path: Path) -> Iterator[Mort
 
 
 def test_18_whoever_begins_anew_after_a_kill_at_any_statement_gets_to_the_same_end(mortal: Mortal) -> None:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
     with subprocess.Popen(
         [sys.executable, "-m", "tests.hostile.mortal_rekey", mortal.url],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env=inherited | {f"KRAVN_{name}": value for name, value in mortal.variables.items()},
+        env=environment_with(mortal.variables),
         text=True,
     ) as program:
         assert program.stdin is not None
