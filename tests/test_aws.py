@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from requests import post
 from sqlalchemy import create_engine
@@ -195,7 +195,6 @@ def context_of(bound: bytes) -> dict[str, str] | None:
         return None
 
 
-@settings(deadline=None)
 @given(TEXT, TEXT, st.binary(min_size=8, max_size=8))
 def test_a_binding_can_be_put_together_again(keyring: str, deployment: str, key_id: bytes) -> None:
     found = context_of(binding(keyring, deployment, key_id))
@@ -206,7 +205,6 @@ def test_a_binding_can_be_put_together_again(keyring: str, deployment: str, key_
     )
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=10), max_size=6).map(lambda parts: length_prefixed(*parts)) | st.binary(max_size=60))
 def test_whatever_has_a_context_has_one_of_its_own(bound: bytes) -> None:
     found = context_of(bound)

@@ -30,6 +30,14 @@ def engine(any_database_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def in_memory() -> Iterator[Engine]:
+    """Give SQLite alone, which keeps in a column what is not of its type."""
+    made = engine_of("sqlite://")
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
     with ready(engine) as made:
         yield made
@@ -172,9 +180,8 @@ def test_a_lease_until_later_than_any_is_waited_for_by_nobody(engine: Engine, co
 
 
 @pytest.mark.parametrize("name", ["shard", "lower_bound", "upper_bound", "position", "rows_total"])
-def test_what_sqlite_keeps_in_any_column_is_told_apart_from_a_plan(name: str) -> None:
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+def test_what_sqlite_keeps_in_any_column_is_told_apart_from_a_plan(in_memory: Engine, name: str) -> None:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         shards = ledger.planned_shards(connection, [A], KEY)
         connection.exec_driver_sql(f"UPDATE kms_rekeys SET {name} = x'00'")  # noqa: S608 - of this file
@@ -185,17 +192,15 @@ def test_what_sqlite_keeps_in_any_column_is_told_apart_from_a_plan(name: str) ->
                 ledger.claim(connection, "me", shards)
 
 
-def test_times_that_are_none_are_in_nobodys_way() -> None:
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+def test_times_that_are_none_are_in_nobodys_way(in_memory: Engine) -> None:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         connection.exec_driver_sql("UPDATE kms_rekeys SET leased_until = 'x', created_at = 'x', updated_at = 'x'")
         assert ledger.advance(connection, taken(connection, "me"), None, Counts())
 
 
-def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+def test_a_sum_of_what_is_no_number_is_no_progress(in_memory: Engine) -> None:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         assert [one.rows_total for one in ledger.progress(connection)] == [1]
         connection.exec_driver_sql("UPDATE kms_rekeys SET rows_total = 9e999")
@@ -203,10 +208,9 @@ def test_a_sum_of_what_is_no_number_is_no_progress() -> None:
             ledger.progress(connection)
 
 
-def test_a_shard_that_is_there_twice_is_tried_once() -> None:
+def test_a_shard_that_is_there_twice_is_tried_once(in_memory: Engine) -> None:
     """Whoever owns the database can drop the primary key."""
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         shards = ledger.planned_shards(connection, [A], KEY)
         connection.exec_driver_sql("CREATE TABLE copied AS SELECT * FROM kms_rekeys")
@@ -216,7 +220,7 @@ def test_a_shard_that_is_there_twice_is_tried_once() -> None:
         connection.commit()
         executed: list[str] = []
 
-        @event.listens_for(engine, "before_cursor_execute")
+        @event.listens_for(in_memory, "before_cursor_execute")
         def _count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
             executed.append(statement)
             assert len(executed) <= 2
@@ -225,10 +229,9 @@ def test_a_shard_that_is_there_twice_is_tried_once() -> None:
             ledger.claim(connection, "me", shards)
 
 
-def test_text_that_is_no_utf8_is_no_plan() -> None:
+def test_text_that_is_no_utf8_is_no_plan(in_memory: Engine) -> None:
     """SQLite keeps it, and its driver does not return it."""
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         shards = ledger.planned_shards(connection, [A], KEY)
         connection.exec_driver_sql("UPDATE kms_rekeys SET position = CAST(x'ff' AS TEXT)")
@@ -239,9 +242,8 @@ def test_text_that_is_no_utf8_is_no_plan() -> None:
             ledger.claim(connection, "me", shards)
 
 
-def test_progress_towards_what_is_no_key_is_none() -> None:
-    engine = engine_of("sqlite://")
-    with ready(engine) as connection:
+def test_progress_towards_what_is_no_key_is_none(in_memory: Engine) -> None:
+    with ready(in_memory) as connection:
         ledger.write_plan(connection, A, KEY, [], 1)
         connection.exec_driver_sql("UPDATE kms_rekeys SET key_id = x'00'")
         with pytest.raises(errors.MalformedRowError, match="row of kms_rekeys"):

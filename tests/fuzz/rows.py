@@ -225,7 +225,10 @@ def _stored_by(fill: Callable[[Any], None], name: str) -> list[dict[str, Any]]:
     with engine.connect() as connection:
         TABLES.keys.metadata.create_all(connection)
         fill(connection)
-        return [dict(row) for row in connection.exec_driver_sql(f"SELECT * FROM {name}").mappings()]  # noqa: S608 - a constant
+        stored = connection.exec_driver_sql(f"SELECT * FROM {name}").mappings()  # noqa: S608 - a constant
+        rows = [dict(row) for row in stored]
+    engine.dispose()
+    return rows
 
 
 @target(allowed=(errors.MalformedRowError,), seeds=lambda: _table_seeds(11, b"60"), mutator=edits_behind(0, 11))
