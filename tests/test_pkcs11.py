@@ -44,7 +44,7 @@ from sqlalchemy_kravn_crypto.providers.pkcs11 import Pkcs11Provider
 from sqlalchemy_kravn_crypto.rows import connect, read_rows
 from sqlalchemy_kravn_crypto.schema import TABLES
 from sqlalchemy_kravn_crypto.wrapping import unwrapping
-from tests import softhsm as softhsm_tools
+from tests.debian import program
 from tests.processes import PATIENCE, children, is_running, wait_until
 from tests.softhsm import SoftHSM, Spy, Token
 from tests.test_transport import assert_leaks_nothing
@@ -419,7 +419,7 @@ def test_a_pin_that_was_right_and_is_not_any_more_is_tried_once(gcm: Client, hsm
     provider = gcm.provider(module=hsm_spy.module)
     wrapped = provider.wrap(gcm.data_key, BINDING, Deadline(PATIENCE))
     change = [
-        softhsm_tools.program("pkcs11-tool"),
+        program("pkcs11-tool"),
         "--module",
         str(gcm.token.hsm.module),
         "--login",

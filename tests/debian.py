@@ -1,0 +1,88 @@
+"""Programs that the tests need and a machine may not have, from Debian's packages: by root, where there is apt-get."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+
+_INSTALL_TIMEOUT: Final = 300.0
+_INSTALL: Final = ("install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120")
+# Where an ordinary user's PATH does not lead.
+_PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+class UnavailableError(Exception):
+    """Something that the tests need is not here and cannot be installed, or does not run. It says why."""
+
+
+def program(name: str) -> str:
+    """Return where a program is, and nothing if it is nowhere."""
+    return shutil.which(name, path=_PATH) or ""
+
+
+def installer(missing: str, packages: Sequence[str]) -> str:
+    """Return the program that can install the packages which have what is missing.
+
+    :raises UnavailableError: if there is none for this user.
+    """
+    found = program("apt-get")
+    if not found:
+        raise UnavailableError(f"There is no {missing} here, and no apt-get to install {', '.join(packages)} with.")
+    if os.geteuid() != 0:
+        raise UnavailableError(f"There is no {missing} here, and only root can install {', '.join(packages)}.")
+    return found
+
+
+def ensure(missing: Callable[[], str], packages: Sequence[str]) -> None:
+    """Install packages if something is missing.
+
+    :param missing: tells what, and returns an empty text if nothing is.
+    :raises UnavailableError: if it is missing still.
+    """
+    if not missing():
+        return
+    # Workers that need something come at once.
+    with FileLock(Path(tempfile.gettempdir(), f"kravn-crypto-packages-{os.getuid()}.lock")):
+        if not (wanted := missing()):
+            return
+        command = installer(wanted, packages)
+        for arguments in (("update", "-qq"), (*_INSTALL, *packages)):
+            run([command, *arguments], timeout=_INSTALL_TIMEOUT, environment={"DEBIAN_FRONTEND": "noninteractive"})
+        if wanted := missing():
+            raise UnavailableError(f"{', '.join(packages)} are installed, but there is no {wanted}.")
+
+
+def run(
+    command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None, given: str = "", **how: Any
+) -> str:
+    """Return what a program prints.
+
+    :param environment: variables beside those of this process.
+    :param given: what it reads.
+    :param how: more for ``subprocess.run``.
+    :raises UnavailableError: if it fails, with all that it says.
+    """
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command,
+            check=False,
+            input=given,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, **(environment or {})},
+            timeout=timeout,
+            **how,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(f"{' '.join(command)} did not end within {timeout:.0f} s.") from error
+    if done.returncode != 0:
+        raise UnavailableError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
