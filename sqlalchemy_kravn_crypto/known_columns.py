@@ -127,9 +127,10 @@ def _others(name: str, *names: str) -> tuple[str, ...]:
 def record(connection: Connection, columns: Iterable[KnownColumn]) -> None:
     """Put columns on record that are not, or are with another storage or other names. The caller commits.
 
-    One query where nothing is new. Several processes may do the same at once, in any isolation level in which one sees
-    what the other has committed. What is on record is compared as it is stored and not parsed, so that a row that
-    somebody else wrote is put right if it is of one of the columns, and is in nobody's way if it is not.
+    One query where nothing is new, and one more call of the driver for all that is. Several processes may do the same
+    at once, in any isolation level in which one sees what the other has committed. What is on record is compared as it
+    is stored and not parsed, so that a row that somebody else wrote is put right if it is of one of the columns, and is
+    in nobody's way if it is not.
 
     :raises UnsupportedDatabaseError: if it is not known how this database inserts what another process may insert too.
     """
@@ -137,10 +138,10 @@ def record(connection: Connection, columns: Iterable[KnownColumn]) -> None:
     with suppress(MalformedRowError):
         present = set(_stored(connection))
     # All in the same order, so that of two processes one waits for the other, and not each for the other.
-    for known in sorted(set(columns)):
-        row = _row(known)
-        if row not in present:
-            connection.execute(_upsert(connection.dialect.name, row), execution_options=OWN_TABLES)
+    missing = [row for row in map(_row, sorted(set(columns))) if row not in present]
+    if missing:
+        rows = [row._asdict() for row in missing]
+        connection.execute(_upsert(connection.dialect.name), rows, execution_options=OWN_TABLES)
 
 
 def recorded(connection: Connection) -> list[KnownColumn]:
@@ -251,15 +252,15 @@ def forget(connection: Connection, schema: str, table: str, column: str) -> bool
     return found.rowcount > 0
 
 
-def _upsert(dialect: str, row: _Row) -> Any:
-    values, place = row._asdict(), list(_PLACE)
-    others = {name: value for name, value in values.items() if name not in _PLACE}
-    if dialect == "postgresql":
-        return postgresql.insert(_COLUMNS).values(values).on_conflict_do_update(index_elements=place, set_=others)
-    if dialect == "sqlite":
-        return sqlite.insert(_COLUMNS).values(values).on_conflict_do_update(index_elements=place, set_=others)
+def _upsert(dialect: str) -> Any:
+    place = list(_PLACE)
+    others = [name for name in _Row._fields if name not in _PLACE]
+    if dialect in {"postgresql", "sqlite"}:
+        insert = postgresql.insert(_COLUMNS) if dialect == "postgresql" else sqlite.insert(_COLUMNS)
+        return insert.on_conflict_do_update(index_elements=place, set_={name: insert.excluded[name] for name in others})
     if dialect in {"mysql", "mariadb"}:
-        return mysql.insert(_COLUMNS).values(values).on_duplicate_key_update(others)
+        mysql_insert = mysql.insert(_COLUMNS)
+        return mysql_insert.on_duplicate_key_update({name: mysql_insert.inserted[name] for name in others})
     raise UnsupportedDatabaseError(f"It is not known how {dialect} inserts a row that another process may insert too.")
 
 

@@ -884,6 +884,18 @@ def test_no_fresh_key_is_made_over_values_under_a_lost_one(
     assert states(engine)[-1] == ("vault", "primary")
 
 
+def test_a_column_without_values_keeps_nobody_from_looking_into_the_next(
+    engine: Engine, store: Any, kms: MisbehavingKMS
+) -> None:
+    lost = Keyring(DataKey.generate())
+    columns = _table_with(engine, lost.encrypt(b"\x01{}", NAME), BINARY)
+    empty = Table("empty", MetaData(), Column("id", Integer, primary_key=True), Column("secret", EncryptedJSON))
+    empty.create(engine)
+    with pytest.raises(errors.ExistingDataError, match=rf"plugin\.credentials.*{lost.primary_key_id}"):
+        store(kms).open(engine, [EncryptedColumn(empty.c.secret, BINARY), *columns])
+    assert stored(engine) == []
+
+
 def test_no_fresh_key_is_made_over_plaintext(engine: Engine, store: Any, kms: MisbehavingKMS) -> None:
     columns = _table_with(engine, '{"token": "MARKER"}', TEXT)
     with pytest.raises(errors.ExistingDataError, match="not encrypted") as caught:

@@ -147,6 +147,16 @@ def test_recording_what_is_known_is_one_query(engine: Engine) -> None:
     assert [statement.split()[0] for statement in seen] == ["SELECT"]
 
 
+def test_however_many_are_new_they_are_one_call(engine: Engine) -> None:
+    many = [KnownColumn("", f"t{number}", "secret", "binary", f"t{number}.secret") for number in range(100)]
+    seen = statements(engine)
+    with engine.begin() as connection:
+        record(connection, [A, B, *many])
+    assert [statement.split()[0] for statement in seen] == ["SELECT", "INSERT"]
+    with engine.connect() as connection:
+        assert recorded(connection) == sorted([A, B, *many])
+
+
 def test_a_new_name_or_storage_replaces_the_one_on_record(engine: Engine) -> None:
     changed = KnownColumn("", "a", "secret", "text", "renamed", ("a.secret",))
     with engine.begin() as connection:
