@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from filelock import FileLock
+
+from tests.processes import UnavailableError, run
 
 _INSTALL_TIMEOUT: Final = 300.0
 _INSTALL: Final = ("install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120")
 # Where an ordinary user's PATH does not lead.
 _PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
-
-
-class UnavailableError(Exception):
-    """Something that the tests need is not here and cannot be installed, or does not run. It says why."""
 
 
 def program(name: str) -> str:
@@ -57,32 +54,3 @@ def ensure(missing: Callable[[], str], packages: Sequence[str]) -> None:
             run([command, *arguments], timeout=_INSTALL_TIMEOUT, environment={"DEBIAN_FRONTEND": "noninteractive"})
         if wanted := missing():
             raise UnavailableError(f"{', '.join(packages)} are installed, but there is no {wanted}.")
-
-
-def run(
-    command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None, given: str = "", **how: Any
-) -> str:
-    """Return what a program prints.
-
-    :param environment: variables beside those of this process.
-    :param given: what it reads.
-    :param how: more for ``subprocess.run``.
-    :raises UnavailableError: if it fails, with all that it says.
-    """
-    try:
-        done: subprocess.CompletedProcess[str] = subprocess.run(
-            command,
-            check=False,
-            input=given,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, **(environment or {})},
-            timeout=timeout,
-            **how,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnavailableError(f"{' '.join(command)} did not end within {timeout:.0f} s.") from error
-    if done.returncode != 0:
-        raise UnavailableError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy.engine import URL
 
-from tests.debian import UnavailableError
 from tests.mariadb import fresh_mariadb_database, mariadb_description, serve_mariadb
+from tests.processes import UnavailableError
 
 
 def pytest_report_header() -> str:

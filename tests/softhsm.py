@@ -14,7 +14,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
-from tests.debian import UnavailableError, ensure, installer, program, run
+from tests.debian import ensure, installer, program
+from tests.processes import UnavailableError, run
 
 _PACKAGES: Final = ("softhsm2", "opensc", "opensc-pkcs11")
 _PROGRAMS: Final = ("softhsm2-util", "pkcs11-tool")

@@ -49,7 +49,7 @@ def test_what_was_found_is_handled(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
-@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=50, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(drawn=st.data())
 def test_changed_seeds_are_handled(name: str, drawn: st.DataObject) -> None:
     seed = drawn.draw(st.sampled_from(TARGETS[name].seeds()))

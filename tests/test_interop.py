@@ -21,7 +21,8 @@ from sqlalchemy_kravn_crypto.codecs.selection import codec_for
 from sqlalchemy_kravn_crypto.keyring import DataKey, Keyring
 from sqlalchemy_kravn_crypto.row_identity import identity_of
 from tests import make_cases
-from tests.debian import ensure, program, run
+from tests.debian import ensure, program
+from tests.processes import run
 
 HERE = Path(__file__).parent
 INTEROP = HERE / "interop"

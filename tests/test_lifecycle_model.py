@@ -829,7 +829,6 @@ def test_any_interleaving_of_processes_and_operators_keeps_the_invariants(machin
         settings=settings(
             derandomize=True,
             database=None,
-            deadline=None,
             max_examples=30,
             stateful_step_count=50,
             phases=[Phase.generate],  # to make a failure shorter takes minutes; add Phase.shrink for that
