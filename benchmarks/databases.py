@@ -18,8 +18,11 @@ from sqlalchemy.types import Integer, TypeEngine
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure, kms_tables, reset
 from sqlalchemy_kravn_crypto.settings import Provider, Settings
 
+from .floor import FLOOR, Floor
+
 OURS: Final = "EncryptedJSON"
 PLAIN: Final = "JSON"
+_TYPES: Final[dict[str, Callable[[], TypeEngine[Any]]]] = {OURS: EncryptedJSON, PLAIN: JSON, FLOOR: Floor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,9 @@ class Store:
 
 
 def store_of(name: str, engine: Engine) -> Store:
-    """Return the table of one of the two column types."""
+    """Return the table of one of the column types."""
     mapper_registry = registry()
-    type_: TypeEngine[Any] = EncryptedJSON() if name == OURS else JSON()
+    type_ = _TYPES[name]()
     table = Table(
         f"rows_{name.lower()}",
         mapper_registry.metadata,
@@ -54,20 +57,19 @@ def store_of(name: str, engine: Engine) -> Store:
 
 
 @contextmanager
-def open_stores(url: URL, settings: Settings) -> Iterator[tuple[Store, Store]]:
-    """Have a table with encrypted and one with plain documents, each with an engine of its own.
+def open_stores(url: URL, settings: Settings, *others: str) -> Iterator[list[Store]]:
+    """Have a table with encrypted documents, and one of each of the other types, each with an engine of its own.
 
     The process is configured for the first as a program would do it, so the guards of the package are in place.
     """
     with ExitStack() as stack:
-        ours = store_of(OURS, stack.enter_context(_engine(url)))
-        theirs = store_of(PLAIN, stack.enter_context(_engine(url)))
-        kms_tables(ours.table.metadata)
-        for store in (ours, theirs):
+        stores = [store_of(name, stack.enter_context(_engine(url))) for name in (OURS, *others)]
+        kms_tables(stores[0].table.metadata)
+        for store in stores:
             store.table.metadata.create_all(store.engine)
         stack.callback(reset)
-        configure(ours.engine, settings)
-        yield ours, theirs
+        configure(stores[0].engine, settings)
+        yield stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,10 @@ class Database:
     """Have one that is empty; its URL."""
 
     @contextmanager
-    def stores(self) -> Iterator[tuple[Store, Store]]:
-        """Have both tables in one of its own, under a key that is made for it."""
+    def stores(self) -> Iterator[list[Store]]:
+        """Have the tables of all types in one of its own, under a key that is made for it."""
         settings = Settings(kms_provider=Provider.NONE, secret=SecretStr(secrets.token_hex(32)))
-        with self.serve() as url, open_stores(url, settings) as stores:
+        with self.serve() as url, open_stores(url, settings, PLAIN, FLOOR) as stores:
             yield stores
 
 

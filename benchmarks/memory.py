@@ -51,7 +51,8 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 def _fill(url: str, directory: str, rows: int) -> None:
     documents = Documents(KINDS[_KIND], rows)
-    with open_stores(make_url(url), Settings(kms_provider=Provider.NONE, data_dir=Path(directory))) as stores:
+    settings = Settings(kms_provider=Provider.NONE, data_dir=Path(directory))
+    with open_stores(make_url(url), settings, PLAIN) as stores:
         for store in stores:
             with Session(store.engine) as session:
                 session.execute(insert(store.model), [{"document": document} for document in documents.fresh()])

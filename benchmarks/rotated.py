@@ -22,7 +22,7 @@ from .databases import OURS, POSTGRESQL, Store, store_of
 from .documents import KINDS, Documents
 from .processes import Helper, helper
 
-_KIND: Final = "190 B"
+KIND: Final = "190 B"
 _DISTINCT: Final = 10_000
 """How many documents there are; a longer table has each of them several times."""
 
@@ -109,7 +109,7 @@ def rotated_table() -> Iterator[Rotated]:
 
 def _keep(store: Store, name: str) -> None:
     """Have a table of the documents as they are encrypted now."""
-    documents = Documents(KINDS[_KIND], _DISTINCT).fresh()
+    documents = Documents(KINDS[KIND], _DISTINCT).fresh()
     rows = [{"id": number, "document": document} for number, document in enumerate(documents, 1)]
     with store.engine.begin() as connection:
         connection.execute(insert(store.table), rows)

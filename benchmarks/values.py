@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import ECB
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 from sqlalchemy import JSON, Dialect, make_url
@@ -22,6 +16,7 @@ from sqlalchemy_kravn_crypto import DataKey, EncryptedJSON, Keyring, use_keyring
 
 from .documents import KINDS, Document, Documents
 from .figures import Effort, Figure, Section
+from .floor import FLOOR, write_and_read
 from .measuring import Contestant, beside, race
 
 SECTION: Final = Section(
@@ -101,7 +96,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
             for url, with_driver in ((SQLITE, False), (PSYCOPG, True)):
                 dialect = dialect_of(url)
                 ours = processors(OURS, EncryptedJSON(associated_data="plugin.credentials"), dialect)
-                floor = _floor()
+                floor = Processors(FLOOR, *write_and_read())
                 plain = processors("JSON", JSON(), dialect)
                 against = [(ours, floor), (ours, plain)]
                 if with_driver:
@@ -136,22 +131,6 @@ def _reading(contestant: Processors, documents: Documents) -> Contestant:
 def _exhaust(results: Iterator[Any]) -> None:
     """Let an iterator run to its end; the loop itself takes next to nothing."""
     deque(results, maxlen=0)
-
-
-def _floor() -> Processors:
-    """Return the calls that cannot be saved. What they are given is at hand, so nothing is between them."""
-    update = Cipher(AES(os.urandom(32)), ECB()).encryptor().update  # noqa: S305 - as the scheme derives its keys
-    urandom, dumps, loads = os.urandom, orjson.dumps, orjson.loads
-    blocks, nonce, associated_data = os.urandom(32), os.urandom(12), os.urandom(32)
-
-    def write(value: Document) -> bytes:
-        urandom(24)
-        return AESGCM(update(blocks)).encrypt(nonce, dumps(value), associated_data)
-
-    def read(body: bytes) -> Any:
-        return loads(AESGCM(update(blocks)).decrypt(nonce, body, associated_data))
-
-    return Processors("floor", write, read)
 
 
 def _through_psycopg(inner: Processors) -> Processors:
