@@ -7,7 +7,12 @@ an error of a codec or an SDK that does hold them.
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy.exc import DontWrapMixin
+
+MALFORMED_URL: Final = "The database URL is malformed. It looks like postgresql+psycopg://user:password@host/name."
+"""Said in place of SQLAlchemy's own words, which may repeat the URL with its password."""
 
 
 class KravnCryptoError(DontWrapMixin, Exception):

@@ -11,7 +11,7 @@ from alembic.config import Config
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import ArgumentError
 
-from .exceptions import ConfigurationError
+from .exceptions import MALFORMED_URL, ConfigurationError
 from .schema import VERSION_TABLE
 
 # In a wheel the migrations are inside of the package; in a checkout they are at its top, beside the package.
@@ -44,9 +44,7 @@ def print_sql(url: str, output: TextIO | None = None) -> None:
     except ArgumentError:
         dialect = None
     if dialect is None:
-        raise ConfigurationError(
-            "The database URL is malformed. It looks like postgresql+psycopg://user:password@host/name."
-        )
+        raise ConfigurationError(MALFORMED_URL)
     config.attributes["dialect"] = dialect
     command.upgrade(config, "head", sql=True)
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from .clock import as_utc
 from .configuration import key_store, settings_from_environment
 from .events import Event, read_rows_and_events
-from .exceptions import KravnCryptoError, NotProvisionedError
+from .exceptions import MALFORMED_URL, KravnCryptoError, NotProvisionedError
 from .known_columns import recorded
 from .ledger import Progress, progress
 from .lifecycle.retirement import destroyable_at
@@ -152,8 +152,7 @@ def status(engine: Engine, settings: Settings | None = None, *, provider: KeyPro
 def database_error(error: SQLAlchemyError) -> str:
     """Return the first line of a database's error, without statement and parameters."""
     if type(error) is ArgumentError:  # not of a subclass, which says what driver there is none of
-        # Releases of SQLAlchemy repeat a URL that is none, which may hold a password.
-        return "The database URL is malformed. It looks like postgresql+psycopg://user:password@host/name."
+        return MALFORMED_URL
     cause = getattr(error, "orig", None) or error
     return f"The database: {(str(cause).strip() or type(cause).__name__).splitlines()[0]}"
 

@@ -37,6 +37,14 @@ def installer(missing: str, packages: Sequence[str]) -> str:
     return found
 
 
+def to_be_installed(missing: str, packages: Sequence[str]) -> str:
+    """Say from which packages what is missing will come.
+
+    :raises UnavailableError: as :func:`installer` does.
+    """
+    return f"to be installed from {', '.join(packages)} with {installer(missing, packages)}"
+
+
 def ensure(missing: Callable[[], str], packages: Sequence[str]) -> None:
     """Install packages if something is missing.
 

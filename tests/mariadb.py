@@ -18,7 +18,7 @@ from typing import Any, Final
 import pymysql
 from sqlalchemy.engine import URL
 
-from tests.debian import ensure, installer, program
+from tests.debian import ensure, program, to_be_installed
 from tests.postgres import _unprivileged_user
 from tests.processes import UnavailableError, run
 
@@ -46,7 +46,7 @@ def mariadb_description() -> str:
     :raises UnavailableError: if they cannot run any.
     """
     if missing := _missing():
-        return f"to be installed from {' and '.join(_PACKAGES)} with {installer(missing, _PACKAGES)}"
+        return to_be_installed(missing, _PACKAGES)
     version = run([program("mariadbd"), "--version"], timeout=_START_TIMEOUT)
     return f"{version.partition(' for ')[0].strip()}, started directly"
 

@@ -14,7 +14,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
-from tests.debian import ensure, installer, program
+from tests.debian import ensure, program, to_be_installed
 from tests.processes import UnavailableError, run
 
 _PACKAGES: Final = ("softhsm2", "opensc", "opensc-pkcs11")
@@ -130,7 +130,7 @@ def softhsm_description() -> str:
     :raises UnavailableError: if they cannot run any.
     """
     if missing := _missing():
-        return f"to be installed from {', '.join(_PACKAGES)} with {installer(missing, _PACKAGES)}"
+        return to_be_installed(missing, _PACKAGES)
     return f"{_run([program('softhsm2-util'), '--version'], {}).strip()}, {library('libsofthsm2.so')}"
 
 

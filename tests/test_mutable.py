@@ -863,7 +863,7 @@ def outcome(value: Any, name: str, arguments: tuple[Any, ...]) -> Any:
     return "itself" if result is value else result
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(value=DICTS | LISTS, data=st.data())
 @example(value=[[]], data=None)
 def test_any_changes_give_what_a_plain_value_would(session: Session, value: Any, data: st.DataObject | None) -> None:
