@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -28,7 +29,6 @@ from sqlalchemy import (
     table,
     text,
 )
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import NoSuchTableError, OperationalError
 from sqlalchemy.types import NULLTYPE, LargeBinary, Text, TypeEngine
 
@@ -41,6 +41,9 @@ from .schema import TABLES
 from .types import EncryptedType, encrypted_columns
 
 _COLUMNS: Final = TABLES.columns
+
+_UPSERTING: Final = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql", "mariadb": "mysql"}
+"""The databases that can insert a row or update the one that is there, and where SQLAlchemy has how."""
 
 # Reflection has it only for columns that have a default as well.
 _ON_UPDATE: Final = text(
@@ -253,15 +256,18 @@ def forget(connection: Connection, schema: str, table: str, column: str) -> bool
 
 
 def _upsert(dialect: str) -> Any:
-    place = list(_PLACE)
+    family = _UPSERTING.get(dialect)
+    if family is None:
+        raise UnsupportedDatabaseError(
+            f"It is not known how {dialect} inserts a row that another process may insert too."
+        )
+    # Here, where the engine has loaded it: with the package, each program would load the dialects of all databases.
+    insert: Any = import_module(f"sqlalchemy.dialects.{family}").insert(_COLUMNS)
     others = [name for name in _Row._fields if name not in _PLACE]
-    if dialect in {"postgresql", "sqlite"}:
-        insert = postgresql.insert(_COLUMNS) if dialect == "postgresql" else sqlite.insert(_COLUMNS)
-        return insert.on_conflict_do_update(index_elements=place, set_={name: insert.excluded[name] for name in others})
-    if dialect in {"mysql", "mariadb"}:
-        mysql_insert = mysql.insert(_COLUMNS)
-        return mysql_insert.on_duplicate_key_update({name: mysql_insert.inserted[name] for name in others})
-    raise UnsupportedDatabaseError(f"It is not known how {dialect} inserts a row that another process may insert too.")
+    if family == "mysql":
+        return insert.on_duplicate_key_update({name: insert.inserted[name] for name in others})
+    new = {name: insert.excluded[name] for name in others}
+    return insert.on_conflict_do_update(index_elements=list(_PLACE), set_=new)
 
 
 # --- All that are known ----------------------------------------------------------------------------------------------
@@ -388,7 +394,9 @@ def located(connection: Connection, known: KnownColumn) -> Located:
 
 def _without_domain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
     """Return the type that a domain of PostgreSQL is of, or the type."""
-    return type_.data_type if isinstance(type_, postgresql.DOMAIN) else type_
+    from sqlalchemy.dialects.postgresql import DOMAIN  # noqa: PLC0415 - slow, and serving does without
+
+    return type_.data_type if isinstance(type_, DOMAIN) else type_
 
 
 def _changed_by_itself(connection: Connection, known: KnownColumn) -> list[str]:

@@ -200,3 +200,9 @@ def test_importing_the_package_imports_no_more_than_it_needs() -> None:
     imported = output.split()
     assert PACKAGE in imported
     assert NEVER_AT_IMPORT.isdisjoint(imported)
+
+
+def test_importing_the_package_imports_the_dialect_of_no_database() -> None:
+    program = f"import sys, sqlalchemy.orm, {PACKAGE}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert not [name for name in output.split() if name.startswith("sqlalchemy.dialects.")]
