@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr
 
 
 class Provider(StrEnum):
@@ -46,7 +46,13 @@ class Mechanism(StrEnum):
     KWP = "aes-kwp"
 
 
-class ProxySettings(BaseModel):
+class _Part(BaseModel):
+    """Settings that are read as part of all, and so need no validator of their own, which is slow to build."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
+class ProxySettings(_Part):
     """How the KMS is reached, whichever it is."""
 
     kms_proxy: str | None = None
@@ -56,7 +62,7 @@ class ProxySettings(BaseModel):
     kms_proxy_password: SecretStr | None = None
 
 
-class VaultSettings(BaseModel):
+class VaultSettings(_Part):
     """A Transit engine of HashiCorp Vault or OpenBao."""
 
     kms_vault_addr: str | None = None
@@ -80,7 +86,7 @@ class VaultSettings(BaseModel):
     kms_vault_client_key: Path | None = None
 
 
-class AzureSettings(BaseModel):
+class AzureSettings(_Part):
     """A key of Azure Key Vault or Managed HSM."""
 
     kms_azure_vault_url: str | None = None
@@ -99,7 +105,7 @@ class AzureSettings(BaseModel):
     kms_azure_federated_token: SecretStr | None = None
 
 
-class AwsSettings(BaseModel):
+class AwsSettings(_Part):
     """A key of AWS KMS."""
 
     kms_aws_key: str | None = None
@@ -114,7 +120,7 @@ class AwsSettings(BaseModel):
     kms_aws_external_id: str | None = None
 
 
-class GcpSettings(BaseModel):
+class GcpSettings(_Part):
     """A key of Google Cloud KMS."""
 
     kms_gcp_key: str | None = None
@@ -126,7 +132,7 @@ class GcpSettings(BaseModel):
     """What the console gives as a JSON file; without it, the default credentials of the machine."""
 
 
-class Pkcs11Settings(BaseModel):
+class Pkcs11Settings(_Part):
     """A key of an HSM."""
 
     kms_pkcs11_module: Path | None = None
