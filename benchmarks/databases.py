@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import SecretStr
-from sqlalchemy import JSON, URL, Engine, create_engine, make_url, text
+from sqlalchemy import JSON, URL, Engine, create_engine, event, make_url, text
 from sqlalchemy.orm import registry
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import Column, Table
@@ -69,7 +69,15 @@ def open_stores(url: URL, settings: Settings, *others: str) -> Iterator[list[Sto
             store.table.metadata.create_all(store.engine)
         stack.callback(reset)
         configure(stores[0].engine, settings)
+        for store in stores:
+            if store.name == FLOOR and store.engine.dialect.driver == "psycopg":
+                event.listen(store.engine, "before_cursor_execute", _ask_for_binary)
         yield stores
+
+
+def _ask_for_binary(_connection: Any, cursor: Any, *_: Any) -> None:
+    """Do for the floor what the package does for its own type: it has but numbers and bytes, so it always may."""
+    cursor.format = 1  # psycopg.pq.Format.BINARY
 
 
 @dataclass(frozen=True, slots=True)

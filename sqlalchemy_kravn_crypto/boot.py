@@ -60,6 +60,7 @@ def configure(  # noqa: PLR0913 - each is a choice of its own
     key_store_engine: Engine | None = None,
     check_statements: bool = True,
     redact_errors: bool = True,
+    binary_results: bool = True,
 ) -> None:
     """Open the key store of an engine's database and make its data keys the ones of this process.
 
@@ -76,6 +77,8 @@ def configure(  # noqa: PLR0913 - each is a choice of its own
     :param check_statements: refuse what the engine is to execute if it sorts, groups, computes with or overwrites
         encrypted columns in SQL.
     :param redact_errors: name the types of parameters in the errors of the engine instead of the values.
+    :param binary_results: ask psycopg for results with encrypted values in PostgreSQL's binary format, where it loads
+        all of their columns the same from either.
     :raises ConfigurationError: if a setting is wrong.
     :raises AlreadyConfiguredError: if the process already uses another key store or other settings.
     :raises KeyStoreError: if the key store does not allow the process to start.
@@ -93,7 +96,9 @@ def configure(  # noqa: PLR0913 - each is a choice of its own
     if key_store_engine is not None:
         following.follow(key_store_engine)
     following.follow(engine, key_store_engine)
-    guards.install(engine, check_statements=check_statements, redact_errors=redact_errors)
+    guards.install(
+        engine, check_statements=check_statements, redact_errors=redact_errors, binary_results=binary_results
+    )
 
 
 async def configure_async(  # noqa: PLR0913 - as above

@@ -46,6 +46,10 @@ class UnsupportedOperationError(ConfigurationError):
     """A statement asks of an encrypted column what cannot be answered on ciphertext, or would store what is none."""
 
 
+class ResultTypesChangedError(ConfigurationError):
+    """A column that a statement selects has another type in the database than when it was executed before."""
+
+
 class NotConfiguredError(ConfigurationError):
     """An encrypted column was used before ``configure(engine)``."""
 

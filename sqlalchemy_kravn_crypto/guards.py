@@ -1,4 +1,4 @@
-"""What is installed on an engine: it checks statements, and keeps values out of SQLAlchemy's errors."""
+"""What is installed on an engine: it checks statements, keeps values out of errors, and has results sent in binary."""
 
 from __future__ import annotations
 
@@ -12,33 +12,39 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from .binary_results import are_possible, ask_for_binary, look_at_types
 from .exceptions import UnsupportedOperationError
 from .statements import check_statement
 
 # SQLAlchemy keeps compiled statements, so each is checked once and not with every execution.
 _checked: Final[WeakSet[SQLCompiler]] = WeakSet()
 
-# The events that are listened to, of each engine.
-_installed: Final[WeakKeyDictionary[Engine, set[str]]] = WeakKeyDictionary()
+# What listens to the events of each engine.
+_installed: Final[WeakKeyDictionary[Engine, set[Any]]] = WeakKeyDictionary()
 
 # asyncpg repeats a parameter that it cannot send, whatever hide_parameters says.
 _REPEATED: Final = re.compile(r"(invalid input for query argument [^:]*): .*", re.DOTALL)
 
 
-def install(engine: Engine, *, check_statements: bool = True, redact_errors: bool = True) -> None:
+def install(
+    engine: Engine, *, check_statements: bool = True, redact_errors: bool = True, binary_results: bool = True
+) -> None:
     """Install the guards on an engine. What is installed already stays, and is not installed again."""
     if check_statements:
         _listen(engine, "before_cursor_execute", _check_before_execution)
     if redact_errors:
         _listen(engine, "handle_error", _redact_error)
+    if binary_results and are_possible(engine):
+        _listen(engine, "before_cursor_execute", ask_for_binary)
+        _listen(engine, "after_cursor_execute", look_at_types)
 
 
 def _listen(engine: Engine, name: str, listener: Any) -> None:
     # Not event.contains(): it goes by the address of the engine, which may be that of an earlier one.
-    names = _installed.setdefault(engine, set())
-    if name not in names:
+    listening = _installed.setdefault(engine, set())
+    if listener not in listening:
         event.listen(engine, name, listener)
-        names.add(name)
+        listening.add(listener)
 
 
 def _check_before_execution(

@@ -67,6 +67,7 @@ RUNGS = {
     "signing.py": 4,
     "types.py": 4,
     "key_ranges.py": 4,
+    "binary_results.py": 5,
     "bulk_update.py": 5,
     "changes.py": 5,
     "ciphertext_checks.py": 5,

@@ -1333,19 +1333,26 @@ def listeners_of(engine: Engine) -> int:
     return len(engine.dispatch.before_cursor_execute) - len(create_engine("sqlite://").dispatch.before_cursor_execute)
 
 
+def asking_for_binary(engine: Engine) -> int:
+    return int(engine.dialect.driver == "psycopg")
+
+
 def test_guards_are_installed_once(engine: Engine) -> None:
     fresh = create_engine(engine.url)
 
     def listeners() -> list[int]:
         return [listeners_of(fresh), len(fresh.dialect.dispatch.handle_error)]
 
-    guards.install(fresh, check_statements=False, redact_errors=False)
+    guards.install(fresh, check_statements=False, redact_errors=False, binary_results=False)
     assert listeners() == [0, 0]
     for _ in range(3):
-        guards.install(fresh)
+        guards.install(fresh, binary_results=False)
         assert listeners() == [1, 1]
-    guards.install(fresh, check_statements=False)
+    guards.install(fresh, check_statements=False, binary_results=False)
     assert listeners() == [1, 1]
+    for _ in range(3):
+        guards.install(fresh)
+        assert listeners() == [1 + asking_for_binary(fresh), 1]
     fresh.dispose()
 
 
@@ -1390,7 +1397,8 @@ def test_configure_guards_each_engine(configured: str) -> None:
     configure(engine)
     configure(second)
     for each in (engine, second):
-        assert listeners_of(each) == 2  # the guard of statements, and the one of the fence
+        # The guard of statements, the one of the fence, and what asks psycopg for binary.
+        assert listeners_of(each) == 2 + asking_for_binary(each)
         with Session(each) as session:
             session.execute(KEPT)
             with pytest.raises(UnsupportedOperationError):
