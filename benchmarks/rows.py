@@ -20,9 +20,10 @@ SECTION: Final = Section(
     "A table of a primary key and a document, written and read through SQLAlchemy: `EncryptedJSON` divided by "
     "SQLAlchemy's `JSON`, in two tables of the same shape. SQLite is in memory, PostgreSQL on the same machine with "
     "psycopg. A write ends with the commit; a read begins with a new session or connection and ends with all documents "
-    "decoded. The process is configured as a program's is, guards included. The floor is a third table, of a type that "
-    "makes those calls only that no scheme of this kind can do without (see the next section), divided by `JSON` as "
-    "well: a target below it is out of reach of any code around those calls.",
+    "decoded. The process is configured as a program's is, guards included, so that ciphertext is read in PostgreSQL's "
+    "binary format once a statement was executed before. The floor is a third table, of a type that makes those calls "
+    "only that no scheme of this kind can do without (see the next section), read in binary too and divided by `JSON` "
+    "as well: a target below it is out of reach of any code around those calls.",
 )
 
 

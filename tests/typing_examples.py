@@ -224,7 +224,7 @@ def fixture(key: bytes) -> Iterator[Keyring]:
 
 async def start(engine: Engine, asynchronous: AsyncEngine, settings: Settings, provider: KeyProvider) -> None:
     configure(engine)
-    configure(engine, settings, provider=provider, check_statements=False, redact_errors=False)
+    configure(engine, settings, provider=provider, check_statements=False, redact_errors=False, binary_results=False)
     await configure_async(asynchronous, settings=None, redact_errors=True)
     configure(create_async_engine("sqlite+aiosqlite://"))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await configure_async(create_engine("sqlite://"))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
