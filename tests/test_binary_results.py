@@ -368,11 +368,14 @@ def migrate(engine: Engine, *statements: str) -> None:
             connection.execute(text(statement))
 
 
-def test_type_that_binary_would_load_otherwise_is_refused_once(unprepared: tuple[Engine, list[int]]) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_type_that_binary_would_load_otherwise_is_refused_once(
+    unprepared: tuple[Engine, list[int]], *, stream: bool
+) -> None:
     engine, formats = unprepared
     table = table_with(String(20))
     fill(engine, table, [("RED",)])
-    statement = select(table)
+    statement = select(table).execution_options(stream_results=stream)
     formats.clear()
     with engine.connect() as connection:
         assert [read(connection, statement) for _ in range(2)] == [[(0, SECRET, "RED")]] * 2
