@@ -16,6 +16,7 @@ from sqlalchemy.schema import Column, Table
 from sqlalchemy.types import Integer, TypeEngine
 
 from sqlalchemy_kravn_crypto import EncryptedJSON, configure, kms_tables, reset
+from sqlalchemy_kravn_crypto.drivers import ask_for_binary, knows_binary
 from sqlalchemy_kravn_crypto.settings import Provider, Settings
 
 from .floor import FLOOR, Floor
@@ -70,14 +71,10 @@ def open_stores(url: URL, settings: Settings, *others: str) -> Iterator[list[Sto
         stack.callback(reset)
         configure(stores[0].engine, settings)
         for store in stores:
-            if store.name == FLOOR and store.engine.dialect.driver == "psycopg":
-                event.listen(store.engine, "before_cursor_execute", _ask_for_binary)
+            if store.name == FLOOR and knows_binary(store.engine.dialect):
+                # What the package does for its own type; here are but numbers and bytes, so it always may.
+                event.listen(store.engine, "before_cursor_execute", lambda _, cursor, *__: ask_for_binary(cursor))
         yield stores
-
-
-def _ask_for_binary(_connection: Any, cursor: Any, *_: Any) -> None:
-    """Do for the floor what the package does for its own type: it has but numbers and bytes, so it always may."""
-    cursor.format = 1  # psycopg.pq.Format.BINARY
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from .compiled_statements import statement_of
+from .drivers import ask_for_binary
 from .exceptions import ResultTypesChangedError
 from .types import EncryptedType
 
@@ -38,8 +39,9 @@ _ALIKE: Final = {
 }
 """By the OID of a type, the names of psycopg's own loaders of text and of binary, where they return the same.
 
-Not among them: ``real`` and ``double precision``, which the server may round in text; ``interval`` and ``json``, whose
-text means what a setting says; and types with an OID of their database's own, which psycopg returns as ``bytes``.
+Not among them: ``real`` and ``double precision``, which the server may round in text; ``interval``, whose text means
+what a setting says; ``json``, for which SQLAlchemy has loaders of its own; and what has an OID of its database's own,
+such as an enum, which psycopg returns as a string from text and as bytes from binary.
 """
 
 _DRIVER: Final = frozenset({"psycopg", "psycopg_binary", "psycopg_c"})
@@ -50,20 +52,14 @@ _Types = tuple[int, ...]
 _known: Final[WeakKeyDictionary[SQLCompiler, _Types]] = WeakKeyDictionary()
 
 
-def are_possible(engine: Engine) -> bool:
-    """Tell whether the driver of an engine is one that can be asked."""
-    dialect = engine.dialect
-    return dialect.name == "postgresql" and dialect.driver == "psycopg" and not dialect.is_async
-
-
-def ask_for_binary(
+def ask_if_alike(
     _connection: Any, cursor: Any, _statement: str, _parameters: Any, context: Any, executemany: Any
 ) -> None:
     """Ask for binary where the types of the result are known and loaded alike. For ``before_cursor_execute``."""
     compiled = _selecting(cursor, context, executemany)
     types = _known.get(compiled) if compiled is not None else None
     if types and _are_loaded_alike(cursor, types):
-        cursor.format = context.dialect.dbapi.pq.Format.BINARY
+        ask_for_binary(cursor)
 
 
 def look_at_types(
@@ -79,7 +75,7 @@ def look_at_types(
     known = _known.get(compiled)
     if known is None:
         types = _types_of(cursor)
-        _known[compiled] = types if _BYTEA in types and _are_alike(types) and _has_encrypted(compiled) else ()
+        _known[compiled] = types if _BYTEA in types and _ALIKE.keys() >= set(types) and _has_encrypted(compiled) else ()
     elif known and cursor.format and (types := _types_of(cursor)) != known:
         alike = _are_loaded_alike(cursor, types)
         _known[compiled] = types if alike else ()
@@ -89,11 +85,6 @@ def look_at_types(
                 "migrated, or has each tenant its own? Execute the statement again. With "
                 "configure(engine, binary_results=False) it does not matter."
             )
-
-
-def _are_alike(types: _Types) -> bool:
-    """Tell whether psycopg by itself loads all of these types the same from text and from binary."""
-    return _ALIKE.keys() >= set(types)
 
 
 def _selecting(cursor: Any, context: Any, executemany: Any) -> SQLCompiler | None:
@@ -113,7 +104,7 @@ def _types_of(cursor: Any) -> _Types:
 def _are_loaded_alike(cursor: Any, types: _Types) -> bool:
     """Tell whether the connection loads these types with psycopg's own loaders that return the same."""
     find = cursor.adapters.get_loader
-    return _are_alike(types) and all((_own_name(find(one, 0)), _own_name(find(one, 1))) == _ALIKE[one] for one in types)
+    return all((_own_name(find(one, 0)), _own_name(find(one, 1))) == _ALIKE.get(one) for one in types)
 
 
 def _own_name(loader: Any) -> str | None:
@@ -121,7 +112,5 @@ def _own_name(loader: Any) -> str | None:
 
 
 def _has_encrypted(compiled: SQLCompiler) -> bool:
-    # Of a statement of the ORM, what it made of the one that was written, with the columns of its loader strategies.
-    made: Any = getattr(compiled.compile_state, "statement", None)
-    selected = getattr(compiled.statement if made is None else made, "selected_columns", ())
+    selected = getattr(statement_of(compiled), "selected_columns", ())
     return any(isinstance(column.type, EncryptedType) for column in selected)

@@ -1,4 +1,4 @@
-"""What only a database driver can tell of a connection."""
+"""What only a database driver can tell of a connection, or can be asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Dialect
 
 from .wrapping import Blocking, run_here
 
@@ -37,6 +37,16 @@ def is_autocommit(connection: Connection) -> bool:
     # PyMySQL's is a method that sets it.
     ask = getattr(dbapi_connection, "get_autocommit", None)
     return bool(ask()) if ask is not None else getattr(dbapi_connection, "autocommit", False) is True
+
+
+def knows_binary(dialect: Dialect) -> bool:
+    """Tell whether the cursors of a driver can be asked for PostgreSQL's binary format."""
+    return dialect.driver == "psycopg" and not dialect.is_async
+
+
+def ask_for_binary(cursor: Any) -> None:
+    """Have a cursor ask for all columns of its next result in binary."""
+    cursor.format = 1  # psycopg.pq.Format.BINARY
 
 
 def blocking_for(connection: Connection) -> Blocking:

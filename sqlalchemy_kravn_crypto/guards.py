@@ -12,7 +12,9 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from .binary_results import are_possible, ask_for_binary, look_at_types
+from .binary_results import ask_if_alike, look_at_types
+from .compiled_statements import statement_of
+from .drivers import knows_binary
 from .exceptions import UnsupportedOperationError
 from .statements import check_statement
 
@@ -34,8 +36,8 @@ def install(
         _listen(engine, "before_cursor_execute", _check_before_execution)
     if redact_errors:
         _listen(engine, "handle_error", _redact_error)
-    if binary_results and are_possible(engine):
-        _listen(engine, "before_cursor_execute", ask_for_binary)
+    if binary_results and engine.dialect.name == "postgresql" and knows_binary(engine.dialect):
+        _listen(engine, "before_cursor_execute", ask_if_alike)
         _listen(engine, "after_cursor_execute", look_at_types)
 
 
@@ -53,11 +55,8 @@ def _check_before_execution(
     compiled = context.compiled if context is not None else None
     if not isinstance(compiled, SQLCompiler) or compiled in _checked:
         return
-    # Of a statement of the ORM, what it made of the one that was written.
-    made: Any = getattr(compiled.compile_state, "statement", None)
-    written: Any = compiled.statement
     try:
-        check_statement(written if made is None else made)
+        check_statement(statement_of(compiled))
     except UnsupportedOperationError:
         cursor.close()  # SQLAlchemy closes it only once it has been used
         raise

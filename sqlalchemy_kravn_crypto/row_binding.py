@@ -17,6 +17,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
+from .compiled_statements import statement_of
 from .exceptions import UnsupportedOperationError
 from .row_identity import Identifying, identity_of, is_exact, text_of
 from .secrecy import KeepsSecret
@@ -207,9 +208,7 @@ def _awaiting(compiled: Any, processed: Any) -> Iterator[tuple[str | None, Await
 
 def _plan(compiled: Any) -> _Plan | None:
     """Return where a statement says which rows its values are for, or ``None`` if that is nobody's concern."""
-    # Of a statement of the ORM, what it made of the one that was written.
-    statement = getattr(compiled.compile_state, "statement", None)
-    statement = compiled.statement if statement is None else statement
+    statement = statement_of(compiled)
     bound = bound_columns(getattr(statement, "table", None))
     binds = any(getattr(parameter.type, "bind_row", ()) for parameter in compiled.binds.values())
     if isinstance(statement, Insert):

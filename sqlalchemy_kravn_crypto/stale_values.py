@@ -28,6 +28,7 @@ from sqlalchemy.types import NULLTYPE, LargeBinary
 
 from .bulk_update import BulkUpdate
 from .columns import TEXT
+from .drivers import ask_for_binary, knows_binary
 from .key_ranges import Key, KeyColumns
 from .known_columns import Located
 from .rows import OWN_TABLES
@@ -79,13 +80,12 @@ class StaleValues:
         That is a tenth of the whole work. With a key of another type, rows are asked for as text: so psycopg returns
         what it does not know, such as an enum, as a string, and not as bytes.
         """
-        dialect = connection.dialect
-        if dialect.driver != "psycopg" or dialect.is_async or not isinstance(self._located.value.type, LargeBinary):
+        if not knows_binary(connection.dialect) or not isinstance(self._located.value.type, LargeBinary):
             return False
         if not all(isinstance(key.type, Integer | Uuid) for key in self.keys.columns):
             return False
-        if not event.contains(connection, "before_cursor_execute", _ask_for_binary):
-            event.listen(connection, "before_cursor_execute", _ask_for_binary)
+        if not event.contains(connection, "before_cursor_execute", _ask_if_told):
+            event.listen(connection, "before_cursor_execute", _ask_if_told)
         return True
 
     def _reading(self, conditions: Sequence[ColumnElement[bool]]) -> Any:
@@ -175,6 +175,6 @@ class StaleValues:
         return connection.execute(statement, parameters, execution_options=OWN_TABLES).rowcount
 
 
-def _ask_for_binary(_connection: Any, cursor: Any, _sql: str, _parameters: Any, context: Any, _many: bool) -> None:  # noqa: FBT001 - SQLAlchemy calls it
+def _ask_if_told(_connection: Any, cursor: Any, _sql: str, _parameters: Any, context: Any, _many: bool) -> None:  # noqa: FBT001 - SQLAlchemy calls it
     if context is not None and context.execution_options.get(_BINARY):
-        cursor.format = 1  # psycopg.pq.Format.BINARY
+        ask_for_binary(cursor)

@@ -56,7 +56,7 @@ def _keyring() -> Iterator[None]:
 
 @contextmanager
 def engine_of(url: str, **options: Any) -> Iterator[tuple[Engine, list[int]]]:
-    """Have an engine with guards, and the formats that its cursors had asked for once they had executed a SELECT."""
+    """Have an engine with guards, and the formats in which its statements on secrets had their results."""
     engine = create_engine(url, **options)
     formats: list[int] = []
 
@@ -163,7 +163,7 @@ LEFT: dict[str, tuple[TypeEngine[Any], list[Any]]] = {
     "enum": (Enum("RED", "GREEN", name="colour"), ["RED", "GREEN", None]),
     "array": (ARRAY(Integer), [[1, 2], [], None]),
     "inet": (INET(), ["10.0.0.1", None]),
-    "array of a domain": (ARRAY(Uuid), [[uuid.UUID(int=3)], None]),
+    "array of uuid": (ARRAY(Uuid), [[uuid.UUID(int=3)], None]),
 }
 
 
@@ -338,10 +338,16 @@ def test_it_can_be_turned_off(postgres_url: str) -> None:
 
 def test_asynchronous_psycopg_is_left(postgres_url: str) -> None:
     table = table_with()
+    formats: list[int] = []
 
     async def read_twice() -> list[list[tuple[Any, ...]]]:
         engine = create_async_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
         guards.install(engine.sync_engine)
+        event.listen(
+            engine.sync_engine,
+            "after_cursor_execute",
+            lambda _, cursor, sql, *__: formats.append(cursor._cursor.format) if "secret" in sql else None,
+        )
         async with engine.connect() as connection:
             rows = [[tuple(row) for row in await connection.execute(select(table))] for _ in range(2)]
         await engine.dispose()
@@ -350,6 +356,7 @@ def test_asynchronous_psycopg_is_left(postgres_url: str) -> None:
     with engine_of(postgres_url) as (engine, _):
         fill(engine, table, [()])
     assert asyncio.run(read_twice()) == [[(0, SECRET)]] * 2
+    assert formats == [TEXT, TEXT]
 
 
 # --- Types that change while the program is running ------------------------------------------------------------------

@@ -15,6 +15,7 @@ PACKAGE = "sqlalchemy_kravn_crypto"
 
 RUNGS = {
     "base64_text.py": 0,
+    "compiled_statements.py": 0,
     "derivation.py": 0,
     "probes.py": 0,
     "providers/fork_gate.py": 0,
@@ -195,15 +196,19 @@ def test_architecture_page_has_the_same_rungs() -> None:
     assert documented == RUNGS
 
 
+def modules_after(statement: str) -> list[str]:
+    """Return the modules that a new process has loaded once it has executed a statement."""
+    program = f"{statement}\nimport sys\nprint(*sys.modules)"
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+
+
 def test_importing_the_package_imports_no_more_than_it_needs() -> None:
-    program = f"import sys, {PACKAGE}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    imported = output.split()
+    imported = {name.partition(".")[0] for name in modules_after(f"import {PACKAGE}")}
     assert PACKAGE in imported
     assert NEVER_AT_IMPORT.isdisjoint(imported)
 
 
 def test_importing_the_package_imports_the_dialect_of_no_database() -> None:
-    program = f"import sys, sqlalchemy.orm, {PACKAGE}; print(*sys.modules)"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    assert not [name for name in output.split() if name.startswith("sqlalchemy.dialects.")]
+    modules = modules_after(f"import sqlalchemy.orm, {PACKAGE}")
+    assert f"{PACKAGE}.known_columns" in modules
+    assert not [name for name in modules if name.startswith("sqlalchemy.dialects.")]
